@@ -4,7 +4,7 @@
 
 The session runs on the same number of pixels, as arrays in memory, before and after the request, so
 that other load on the machine affects both. As in `benchmarks.session`, rates are reported by the
-clock and by processor time; the latter is valid on a busy machine too.
+clock and by processor time; processor time is valid on a busy machine too.
 """
 
 from __future__ import annotations

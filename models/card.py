@@ -273,11 +273,15 @@ class ModelCard(_Frozen):
         if self.embedding_int8 and self.task != "embed":
             raise ValueError(f"a {self.task} card must not have 'embedding_int8'")
         if self.other_sensors and not self.sensors:
-            raise ValueError("other_sensors needs sensors")
+            raise ValueError(
+                "'other_sensors' needs 'sensors': list the sensors of the training data there"
+            )
         if self.pixel_size and not 0 < self.pixel_size[0] <= self.pixel_size[1]:
-            raise ValueError("pixel_size must be the smallest and the largest size, above 0")
+            raise ValueError(
+                "'pixel_size' must be the smallest and the largest size in metres, above 0"
+            )
         if [c.value for c in self.classes] != list(range(len(self.classes))):
-            raise ValueError("class values must count up from 0")
+            raise ValueError("the values of 'classes' must be 0, 1, 2 and so on, in this order")
         if self.variants[0].name != "float32" or self.variants[0].sha256 != self.sha256:
             raise ValueError("the first variant must be float32, with the card's sha256")
         return self

@@ -1,8 +1,9 @@
 """Formulas and constants that code with torch and code without it share.
 
-They are those of the graph's first stages, and of int8 embeddings. The torch modules, the graph of
-own classes and the NumPy copy of recurrence plots take the former from here; the service, which
-writes int8, and the training, which measures its loss, take the latter. Index formulas are those of
+The formulas of the graph's first stages (spectral indices such as NDVI, the regular grid,
+recurrence plots) are used by the torch modules, by the graph of own classes and by the NumPy copy
+of recurrence plots. The formula of int8 embeddings is used by the service, which writes them, and
+by training, which measures their loss. Index formulas are those of
 the Awesome Spectral Indices catalogue (Montero et al. 2023, doi:10.1038/s41597-023-02096-0), on
 Sentinel-2 bands as reflectance.
 """

@@ -140,13 +140,19 @@ def load_bundle(
         place = ".".join(str(part) for part in first["loc"]) or "card"
         raise BundleError(f"{where}: {CARD_FILE} is not valid: {place}: {first['msg']}") from error
     if taken and card.name in taken:
-        raise BundleError(f"{where}: the name '{card.name}' is also that of '{taken[card.name]}'")
+        raise BundleError(
+            f"{where}: bundle '{taken[card.name]}' has the same name '{card.name}': change the "
+            f"name in one {CARD_FILE}"
+        )
     if checksums is not None:
         stated = {variant.file: variant.sha256 for variant in card.variants}
         stated[CARD_FILE] = hashlib.sha256(content).hexdigest()
         for file, sha256 in stated.items():
             if checksums.get(f"{folder.name}/{file}") != sha256:
-                raise BundleError(f"{where}: the checksums do not list {file} with its sha256")
+                raise BundleError(
+                    f"{where}: PIMC_MODEL_CHECKSUMS does not list {file} with its sha256: "
+                    "restore the file, or update the list"
+                )
     try:
         _reject_others(folder, card, where)
         for variant in card.variants:
@@ -186,12 +192,14 @@ def _verify(path: Path, variant: Variant, where: str) -> None:
         # ONNX Runtime would allow weights beside the target of the link.
         raise BundleError(f"{where}: {path.name} is a symbolic link; copy the file instead")
     if not path.is_file():
-        raise BundleError(f"{where}: the card names {path.name}, which is missing")
+        raise BundleError(
+            f"{where}: the card names {path.name}, which is missing: copy the whole bundle again"
+        )
     found = sha256_of(path)
     if found != variant.sha256:
         raise BundleError(
             f"{where}: {path.name} has sha256 {found[:12]}…, but the card states "
-            f"{variant.sha256[:12]}…"
+            f"{variant.sha256[:12]}…: copy the whole bundle again"
         )
 
 

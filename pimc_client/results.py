@@ -483,8 +483,8 @@ def check_table(path: Path) -> str:
     kind = path.suffix.lower()
     if kind not in _TABLES:
         raise ValueError(
-            f"{path.name} has the suffix '{kind}', in which no table is written: name a file that "
-            f"ends with {', '.join(_TABLES[:-1])} or {_TABLES[-1]}"
+            f"{path.name} cannot be written, because '{kind}' is not the suffix of a table: name a "
+            f"file that ends with {', '.join(_TABLES[:-1])} or {_TABLES[-1]}"
         )
     if kind not in _OWN_FORMATS:
         analysis.required("geopandas", f"a table as {kind}")

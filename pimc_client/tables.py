@@ -51,7 +51,9 @@ def points_of_file(path: Path) -> dict[str, Any]:
         return _points_of_csv(path, text)
     document = _json(path, text)
     if not isinstance(document, dict) or document.get("type") != "FeatureCollection":
-        raise ValueError(f"{path} is JSON but not a GeoJSON FeatureCollection of points")
+        raise ValueError(
+            f"{path} is JSON but not a GeoJSON FeatureCollection: give one, or a CSV file of points"
+        )
     return document
 
 
@@ -69,9 +71,9 @@ def json_of_file(path: Path, kind: str) -> dict[str, Any]:
     try:
         document = json.loads(_text(path))
     except ValueError as error:
-        raise ValueError(f"{path} is not {kind}: {error}") from error
+        raise ValueError(f"{path} is not {kind}, because it is not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path} is not {kind}: its JSON is not an object")  # noqa: TRY004 (a file's content)
+        raise ValueError(f"{path} is not {kind}, because its JSON is not an object")  # noqa: TRY004 (a file's content)
     return document
 
 
@@ -111,7 +113,10 @@ def _json(path: Path, text: str) -> Any:  # noqa: ANN401 (any JSON)
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} starts like JSON, but is not valid JSON: {error}") from error
+        raise ValueError(
+            f"{path} starts like JSON, but is not valid JSON ({error}): give valid JSON, or a "
+            "CSV file"
+        ) from error
 
 
 def _points_of_csv(path: Path, text: str) -> dict[str, Any]:
@@ -206,8 +211,8 @@ class _Table:
         found = self.find(names)
         if found is None:
             raise ValueError(
-                f"{self.path} has no column of {content} ({', '.join(names)}); its columns are "
-                f"{', '.join(self.header)}"
+                f"{self.path} has no column of {content}, only {', '.join(self.header)}: name "
+                f"one of its columns {', '.join(names[:-1])} or {names[-1]}"
             )
         return found
 
@@ -216,7 +221,8 @@ class _Table:
         for number, line in enumerate(self.lines, 1):
             if len(line) != len(self.header):
                 raise ValueError(
-                    f"{self.path}, row {number}: {len(line)} cells but {len(self.header)} columns"
+                    f"{self.path}, row {number}: {len(line)} cells but {len(self.header)} "
+                    "columns: give one cell per column"
                 )
             yield f"{self.path}, row {number}", dict(zip(self.header, line, strict=True))
 

@@ -492,7 +492,7 @@ class Metrics:
             pixels: number of pixels, points or series that were predicted.
             stages: seconds that each stage was busy, by name.
             key: name of the API key; None or empty without one.
-            of: what was predicted for, such as `raster`.
+            of: kind of input, such as `raster`.
         """
         self._pixels.labels(task).inc(pixels)
         if self._per_key and key:
@@ -513,7 +513,7 @@ class Metrics:
         Args:
             task: task of the run.
             pixels: number of pixels, points or series to predict.
-            of: what is predicted for, such as `raster`; a point takes longer than a pixel.
+            of: kind of input, such as `raster`; a point takes longer than a pixel of a raster.
 
         Returns:
             The estimate; None if there was no such run since the start of the server.

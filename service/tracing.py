@@ -93,8 +93,8 @@ class Traces:
 
         Args:
             name: name of the span.
-            submitted: what `traceparent` returned in the request that submitted the job; None if
-                that request was not traced.
+            submitted: result of `traceparent` in the request that submitted the job; None if that
+                request was not traced.
             attributes: attributes of the span.
         """
         if self._tracer is None:
@@ -111,11 +111,11 @@ class Traces:
     def continued(
         self, name: str, parent: str, attributes: Mapping[str, Attribute]
     ) -> Iterator[None]:
-        """The span of work that another process has given out, in the trace of that process.
+        """The span of work that another process has submitted, in the trace of that process.
 
         Args:
             name: name of the span.
-            parent: what `traceparent` returned there.
+            parent: result of `traceparent` in that process.
             attributes: attributes of the span.
         """
         if self._tracer is None:

@@ -300,7 +300,10 @@ def test_points_are_read_from_a_file(pimc, file, tmp_path, name):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"id,lon\n1,3.02\n", "no column of latitudes (lat, latitude, y); its columns are id, lon"),
+        (
+            b"id,lon\n1,3.02\n",
+            "no column of latitudes, only id, lon: name one of its columns lat, latitude or y",
+        ),
         (b"lon,lat\n", "has a header but no points"),
         (b"lon,lat\n3.02,50.81\nx,50\n", "row 2, column lon: 'x' is not a finite number"),
         (b"lon,lat\n3.02,inf\n", "row 1, column lat: 'inf' is not a finite number"),
@@ -368,7 +371,10 @@ def test_a_forecast_of_series_is_written_as_a_table(pimc, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"id,B02\n1,0.1\n", "no column of dates (date, datetime, time)"),
+        (
+            b"id,B02\n1,0.1\n",
+            "no column of dates, only id, B02: name one of its columns date, datetime or time",
+        ),
         (b"id,date\n1,2021-01-05\n", "no column of a band: give one column per band, such as B02"),
         (b"date,B02\n2021-01-05,much\n", "row 1, column B02: 'much' is not a finite number"),
         (b'{"a": 1}', "is JSON without series"),

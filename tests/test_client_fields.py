@@ -178,8 +178,8 @@ def test_forecasts_and_embeddings_of_fields_are_tables(kind):
 @pytest.mark.parametrize(
     ("name", "hidden", "message"),
     [
-        ("out.foo", "", "out.foo has the suffix '.foo', in which no table is written: name a file"),
-        ("out", "", "out has the suffix '', in which no table is written"),
+        ("out.foo", "", "out.foo cannot be written, because '.foo' is not the suffix of a table: "),
+        ("out", "", "out cannot be written, because '' is not the suffix of a table"),
         ("out.gpkg", "geopandas", "a table as .gpkg needs geopandas, which is not installed"),
     ],
 )

@@ -185,7 +185,7 @@ class TestBundleWeights:
             torch.testing.assert_close(twice(*given), graph(*given), atol=1e-4, rtol=0)
 
     def test_a_file_of_another_shape_is_named(self, exported: tuple[PixelGraph, Path]) -> None:
-        with pytest.raises(NotUnfolded, match=r"model\.onnx holds no .* of the shape"):
+        with pytest.raises(NotUnfolded, match=r"model\.onnx has no .* of the shape"):
             load_folded(forecast_graph(width=12), exported[1])
         assert onnx.load(exported[1]).graph.initializer
 

@@ -228,7 +228,7 @@ class TestLeftOut:
     ) -> None:
         result = CliRunner().invoke(app, self.call(data, tmp_path / "run", "nowhere"))
         assert result.exit_code == 2
-        assert "'nowhere' is no region of the data of my-cover" in result.output
+        assert "'nowhere' is not a region of the data of my-cover" in result.output
         assert "south_tyrol, hesbaye" in result.output
         assert isinstance(result.exception, SystemExit)
         assert not (tmp_path / "run").exists()

@@ -302,9 +302,9 @@ def test_quality_of(text: str | None, band: str | None) -> None:
     [
         ("S2_05-01-2021_B04.tif", "'05-01-2021': the day or the month may come first"),
         ("S2_2021_001.tif", "'2021_001': it may be a day of the year or a running number"),
-        ("S2_2021-01.tif", "'2021-01': a month and no day"),
-        ("S2_202101.tif", "'202101': a month and no day"),
-        ("S2_2021w02.tif", "'2021w02': a week and no day"),
+        ("S2_2021-01.tif", "'2021-01': a month without a day"),
+        ("S2_202101.tif", "'202101': a month without a day"),
+        ("S2_2021w02.tif", "'2021w02': a week without a day"),
         ("S2_210105.tif", "'210105': the year may have two digits"),
         ("21-JAN-05.tif", "'21-JAN-05': the year may come first or last"),
         (

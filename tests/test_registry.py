@@ -177,7 +177,7 @@ class TestCard:
             ({"classes": []}, "needs 'classes'"),
             ({"sha256": "0" * 64}, "first variant"),
             ({"colour": "red"}, "Extra inputs"),
-            ({"classes": [{"value": 3, "name": "x", "color": "#000000"}]}, "count up from 0"),
+            ({"classes": [{"value": 3, "name": "x", "color": "#000000"}]}, "must be 0, 1, 2"),
             ({"pixel_size": [20, 10]}, "smallest and the largest"),
             ({"pixel_size": [0, 10]}, "smallest and the largest"),
         ],
@@ -289,7 +289,8 @@ class TestRegistry:
         registry = Registry.load(tmp_path / "zoo", checksums=checksums)
         assert list(registry.bundles) == ["listed"]
         assert registry.refused == {
-            name: f"bundle '{name}': the checksums do not list model.onnx with its sha256"
+            name: f"bundle '{name}': PIMC_MODEL_CHECKSUMS does not list model.onnx with its "
+            "sha256: restore the file, or update the list"
             for name in ("added", "changed")
         }
 
@@ -313,7 +314,9 @@ class TestRegistry:
         write(tmp_path / "b", version="2.0.0")
         registry = Registry.load(tmp_path)
         assert registry.bundles["toy"].card.version == "1.0.0"
-        assert registry.refused["b"] == "bundle 'b': the name 'toy' is also that of 'a'"
+        assert registry.refused["b"] == (
+            "bundle 'b': bundle 'a' has the same name 'toy': change the name in one card.json"
+        )
 
     def test_an_unreadable_file_does_not_affect_other_bundles(self, tmp_path: Path) -> None:
         write(tmp_path / "good")

@@ -205,9 +205,9 @@ def smooth(patches: Floats, weight: float | NDArray[np.float64]) -> Floats:
 
     Args:
         patches: reflectance.
-        weight: what each of the two neighbours along a row, and then along a column, has in a
-            pixel's mean, 0 to 1/3; of all patches or of each (N, 1, 1, 1). Bilinear shifts by half
-            a pixel there and back give 1/4.
+        weight: weight of each of the two neighbours in a pixel's mean, along rows and then along
+            columns, 0 to 1/3; one number, or one per patch (N, 1, 1, 1). Two bilinear shifts by
+            half a pixel, there and back, give 1/4.
     """
     share = np.float32(weight)
     for axis in (2, 3):

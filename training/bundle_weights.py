@@ -46,7 +46,10 @@ def load_folded(graph: PixelGraph, file: Path) -> PixelGraph:
     weights = {n: value for n, value in own.items() if not _calibrates(n)}
     for name, value in weights.items():
         if name not in stored or stored[name].shape != value.shape:
-            raise NotUnfolded(f"{file.name} holds no '{name}' of the shape {tuple(value.shape)}")
+            raise NotUnfolded(
+                f"{file.name} has no '{name}' of the shape {tuple(value.shape)}, which the "
+                "configuration states: give the bundle of this configuration"
+            )
     exported.load_state_dict({name: stored[name] for name in weights}, strict=False)
     with torch.no_grad():
         for (encoder, head), (source, source_head) in zip(

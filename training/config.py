@@ -414,7 +414,10 @@ def configuration(
     """
     if name in ZOO:
         if task not in {None, ZOO[name].task}:
-            raise UnknownSetting(f"{name} is of the task {ZOO[name].task}, not {task}")
+            raise UnknownSetting(
+                f"{name} is a configuration of the task {ZOO[name].task}, not {task}: leave out "
+                "--task, or give a new name"
+            )
         return ZOO[name]
     for config in ZOO.values():
         if config.task == task:
@@ -444,7 +447,8 @@ def changed(config: ConfigT, settings: Sequence[str]) -> ConfigT:
             place = inner if isinstance(inner, dict) else {}
         if last not in place:
             raise UnknownSetting(
-                f"--set {setting}: {type(config).__name__} has no setting '{name}'"
+                f"--set {setting}: the configuration has no setting '{name}'; at that place it has "
+                f"{', '.join(place) or 'none'}"
             )
         try:
             place[last] = json.loads(text)

@@ -70,7 +70,7 @@ def measure_int8(
         if card.task != "embed":
             raise TrainingError(f"{card.id} is a model of {card.task}: give bundles of embeddings")
         if version == card.version:
-            raise VersionNotRaised(f"the bundle already is {card.id}: give another --version")
+            raise VersionNotRaised(f"the bundle is already {card.id}: give another --version")
         kept = card.embedding_int8 if version is None else None
         field, found = int8_of(embedded(folder, card, data), kept.scale if kept else None)
         rows += [_row(card.name, field.scale, one) for one in found]

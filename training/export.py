@@ -175,7 +175,7 @@ def replaced_bundle(folder: Path) -> Iterator[Path]:
         folder: the bundle's folder; replaced completely or, if the context fails, not at all.
 
     Raises:
-        BundleError: what the new folder holds does not load.
+        BundleError: the bundle in the new folder does not load.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

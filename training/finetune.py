@@ -228,8 +228,8 @@ def _check_regions(run: Run, task: Task[Any]) -> None:
         if name not in task.regions:
             regions = ", ".join(task.regions) or "none"
             raise NotLeftOut(
-                f"'{name}' is no region of the data of {run.config.name}, whose regions are: "
-                f"{regions}"
+                f"'{name}' is not a region of the data of {run.config.name}, whose regions "
+                f"are: {regions}"
             )
     # Without validation places no temperature is fitted and nothing is scored.
     if run.left_out and not run.everything and not len(task.validation):

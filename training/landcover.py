@@ -43,7 +43,7 @@ _COLORS = {
 
 
 class NoLabelledArea(TrainingError):
-    """A share of level 2A is wanted, but no labelled area of it is there."""
+    """A share of level 2A is configured, but the data have no labelled area of it."""
 
 
 class PatchClassification:

@@ -56,7 +56,7 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
             f"{regions} holds no temperature: give the folder of a classifier's regions"
         )
     if card.version == version:
-        raise VersionNotRaised(f"the bundle already is {card.id}: give another --version")
+        raise VersionNotRaised(f"the bundle is already {card.id}: give another --version")
     with replaced_bundle(folder) as new:
         variants = []
         for variant in card.variants:
@@ -83,7 +83,7 @@ def _with_band(folder: Path, card: ModelCard, report: Report, *, version: str, d
             "the folder of that run"
         )
     if card.version == version:
-        raise VersionNotRaised(f"the bundle already is {card.id}: give another --version")
+        raise VersionNotRaised(f"the bundle is already {card.id}: give another --version")
     run = run_of_card(card, data)
     task = task_of(run)
     graph = load_folded(task.graph(), load_bundle(folder).path("float32"))

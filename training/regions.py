@@ -82,7 +82,7 @@ _BESIDE = (
 
 
 class NoRegions(TrainingError):
-    """The data carry no regions to leave out, or a folder holds no report of regions."""
+    """The data have no regions to leave out, or a folder holds no report of regions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def evaluate_regions(plan: Plan) -> Report:
     task = task_of(plan.run)
     if not task.regions:
         raise NoRegions(
-            f"the data of {plan.run.config.name} carry no regions, so none can be left out: give a "
+            f"the data of {plan.run.config.name} have no regions, so none can be left out: give a "
             "configuration of pixels, or one of land cover with --set level_2a=0.25"
         )
     names = [n for n in task.regions if n in (plan.only or (n,))]

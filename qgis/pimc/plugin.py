@@ -32,7 +32,7 @@ class PimcPlugin:
         self._iface.removePluginRasterMenu(_MENU, self._action)
 
     def open(self) -> None:
-        """Show the dialog with the project's layers of now."""
+        """Show the dialog with the project's current layers."""
         if self._dialog is None:
             self._dialog = PimcDialog(self._iface.mainWindow())
         self._dialog.refresh_layers()

@@ -85,7 +85,7 @@ class Service:
         return self._get(f"jobs/{job}/result", ZIP)
 
     def problem(self, job: str) -> str:
-        """Why a job failed."""
+        """The reason that a job failed."""
         try:
             self._get(f"jobs/{job}/result", ZIP)
         except ServiceError as error:

@@ -264,8 +264,8 @@ class ApiKeys:
         (key,) = found
         if key.expires is not None and datetime.now(UTC) >= key.expires:
             raise Unauthorized(
-                f"the API key of '{key.owner}' expired at {key.expires.isoformat()}: ask the "
-                "server's administrator for a new one"
+                f"the API key of '{key.owner}' expired at {key.expires.isoformat()}: request "
+                "a new one from the server's administrator"
             )
         return key.owner
 

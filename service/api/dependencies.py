@@ -159,7 +159,7 @@ async def known_caller(
         except StorageUnreachable:
             raise  # the caller has a model that is not here yet
         except Overloaded:
-            pass  # without the database, what is known is served
+            pass  # without the database, the models already loaded are served
     return request.state.caller  # type: ignore[no-any-return]
 
 

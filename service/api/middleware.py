@@ -244,7 +244,7 @@ class HeadMiddleware:
                 ended = True
                 await send({"type": "http.response.body", "body": b""})
 
-        # The application receives a copy. What it adds to the copy, such as the route, is copied
+        # The application receives a copy. Its additions to the copy, such as the route, are copied
         # back, because RequestRecordMiddleware reads it from the original.
         get = {**scope, "method": "GET", HEAD_ONLY: True}
         try:

@@ -76,7 +76,7 @@ class Quotas:
     """The quotas of each caller, and what remains of them.
 
     Args:
-        allowances: what each caller may take.
+        allowances: each caller's quotas.
         jobs: store that counts jobs, pixels and bytes by caller.
         admission: admission control, which counts requests by caller.
     """

@@ -136,8 +136,8 @@ class Engine:
                     if providers == "cuda":
                         raise ProviderUnavailable(  # noqa: TRY301 - the pool must be closed
                             f"CUDA is required (PIMC_PROVIDERS=cuda), but the session of '{name}' "
-                            f"runs on {models[name].provider}: the driver, CUDA or cuDNN does not "
-                            "load"
+                            f"runs on {models[name].provider}, because the driver, CUDA or cuDNN "
+                            "does not load: install them, or set PIMC_PROVIDERS=auto"
                         )
                     _LOG.warning("CUDA is installed but cannot be used; models run on the CPU")
                     provider = CPU  # each further attempt on CUDA would take as long and fail

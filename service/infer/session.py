@@ -325,13 +325,15 @@ def provider_to_request(providers: Providers) -> str:
         if providers == "cuda":
             raise ProviderUnavailable(
                 "CUDA is required (PIMC_PROVIDERS=cuda), but this build of ONNX Runtime has only "
-                + ", ".join(onnxruntime.get_available_providers())
+                f"{', '.join(onnxruntime.get_available_providers())}: install onnxruntime-gpu, "
+                "or set PIMC_PROVIDERS=auto"
             )
         return CPU
     if not _has_driver():  # otherwise ONNX Runtime prints errors about missing libraries
         if providers == "cuda":
             raise ProviderUnavailable(
-                "CUDA is required (PIMC_PROVIDERS=cuda), but NVIDIA's driver is not installed"
+                "CUDA is required (PIMC_PROVIDERS=cuda), but NVIDIA's driver is not installed: "
+                "install it, or set PIMC_PROVIDERS=auto"
             )
         return CPU
     if hasattr(onnxruntime, "preload_dlls"):

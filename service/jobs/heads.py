@@ -117,7 +117,7 @@ class HeadStore:
         return _versions(self._owner_folder(owner))
 
     def refresh(self, owner: str) -> None:
-        """Serve what other replicas have made of a caller's models, and nothing that they removed.
+        """Load a caller's models that other replicas have added, and unload those they removed.
 
         Args:
             owner: the caller.
@@ -169,7 +169,7 @@ class HeadStore:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else gives or takes names, in this process and among replicas."""
+        """Exclusive lock on the names of models, in this process and among replicas."""
         with self._mutex:
             if not self.shared or self._rows is not None:  # the database decides
                 yield
@@ -253,7 +253,7 @@ class HeadStore:
             self._learn(owner)
 
     def _upload(self, rows: JobStore, owner: str, name: str, folder: Path) -> None:
-        """Store a model in the bucket, then record it: without the record it is nobody's."""
+        """Store a model in the bucket, then record it: a model without a record is not served."""
         version = uuid.uuid4().hex
         key = f"{HEADS}/{version}"
         with self.draft() as copy:

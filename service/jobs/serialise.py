@@ -290,10 +290,10 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 
 def json_parts(value: object, encode: Callable[[object], str] = json.dumps) -> Iterator[str]:
-    """The parts of a JSON text: of objects each entry, of lists each item.
+    """A JSON text in parts: one per entry of an object, one per item of a list.
 
-    Python runs no other thread while it encodes a value. Of a document of many megabytes in one
-    piece that takes seconds, in which the server responds to nobody.
+    Python runs no other thread while it encodes a value. Encoding many megabytes as one value would
+    block all other requests for seconds.
 
     Args:
         value: the value; names in its objects are texts.

@@ -103,7 +103,7 @@ class Storage(Protocol):
         """Store a file or a tree, and remove it from where it was.
 
         Args:
-            key: what becomes of it; a tree must not exist.
+            key: the new key; a tree must not exist there.
             path: the file, or the folder.
             last: name of the file that is there only if the whole tree is; empty for none.
         """
@@ -130,7 +130,7 @@ class Storage(Protocol):
 
         Args:
             key: the tree.
-            to: what becomes of it; must not exist.
+            to: the new key; must not exist.
             last: as for `put`.
 
         Raises:

@@ -191,7 +191,7 @@ class Job:
     finished: float | None
     updated: float
     subscriber: Subscriber | None
-    """Whom it calls."""
+    """URLs that the job calls."""
 
     @property
     def error(self) -> PIMCError:
@@ -1489,7 +1489,7 @@ class JobStore:
                     self.storage.remove(key)
 
     def _tidy_all(self) -> None:
-        """Remove what an ended service has left: there is no other."""
+        """Remove the files of services that have ended: no other service uses the folder."""
         with self._db.read() as db:
             rows = db.execute("SELECT id, status, lease FROM jobs").fetchall()
         kept = {row["id"]: row for row in rows}

@@ -543,7 +543,10 @@ class RemoteFile:
         unit, _, rest = response.headers.get("content-range", "").partition(" ")
         span, _, size = rest.partition("/")
         if unit != "bytes" or span.partition("-")[0] != str(begin) or not size.isdecimal():
-            raise self.remote.unreachable("returned another range than the requested one")
+            raise self.remote.unreachable(
+                f"returned another range than bytes from {begin} on: name a host that supports "
+                "ranges"
+            )
         tag = response.headers.get("etag", "")
         if self._tag and tag and tag != self._tag:
             raise self.remote.unreachable(

@@ -207,7 +207,7 @@ class Remote:
         """The error for a host that does not return the requested file or document.
 
         Args:
-            what: what the host does, for the message.
+            what: predicate of the message, such as "does not respond".
             later: whether the host may return it later.
         """
         return UnreachableReference(f"{self.field}: '{self.host}' {what}", later=later)
@@ -237,7 +237,7 @@ class Connections:
             patience: time limits.
             resolver: resolves host names.
             tls: trusted certificates; None uses httpx's own.
-            remotes: what all requests share; None shares nothing.
+            remotes: limits and caches that all requests share; None for own ones.
         """
         self._remotes = remotes or Remotes()
         self._rules = settings.allowed_hosts if rules is None else rules
@@ -307,7 +307,9 @@ class Connections:
                 remote = remote.redirected(response.headers["location"], self._rules)
                 if response.status_code not in _WITH_BODY:
                     method, content = "GET", None
-        raise first.unreachable(f"redirected more than {MAX_REDIRECTS} times")
+        raise first.unreachable(
+            f"redirected more than {MAX_REDIRECTS} times: give the URL that the redirects lead to"
+        )
 
     async def body(
         self, response: httpx.Response, remote: Remote, *, most: int | None = None
@@ -361,7 +363,8 @@ class Connections:
         data, status = b"".join(chunks), response.status_code
         if status in _LOGIN:
             raise remote.unreachable(
-                f"requires a login (status {status}), and this server sends no credentials"
+                f"requires a login (status {status}), and this server sends no credentials: give "
+                "a public URL"
             )
         if status in _WRONG:
             text = "".join(c for c in data.decode("utf-8", "replace") if c.isprintable())
@@ -377,13 +380,15 @@ class Connections:
         if parsed_bytes(data) > _MAX_PARSED_BYTES:
             raise BodyTooLarge(
                 f"{remote.field}: '{remote.host}' returned a document that needs "
-                f"{parsed_bytes(data)} bytes of memory, the limit is {_MAX_PARSED_BYTES}: ask for "
-                "fewer items"
+                f"{parsed_bytes(data)} bytes of memory, and the limit is {_MAX_PARSED_BYTES}: "
+                "request fewer items"
             )
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise remote.unreachable("returned a document that is not UTF-8") from error
+            raise remote.unreachable(
+                "returned a document that is not UTF-8: check the URL"
+            ) from error
 
     def too_large(self, remote: Remote) -> BodyTooLarge:
         """The error for files that exceed the budget of bytes."""

@@ -243,12 +243,12 @@ _SHORT_YEAR = re.compile(
 )
 # A time since 1970 in seconds, milliseconds, microseconds or nanoseconds, from 2001 to 2033.
 _NAMED_COUNT = re.compile(r"(?<![0-9A-Za-z.])1\d{9}(?:\d{3}|\d{6}|\d{9})?(?![0-9A-Za-z])")
-# What is seen in place of a date, for messages.
+# Texts that resemble a date, with the reason that they are not read as one, for messages.
 _UNCLEAR = (
     (_DAY_FIRST, "the day or the month may come first"),
     (_ORDINAL, "it may be a day of the year or a running number"),
-    (re.compile(rf"(?<!\d){_YEAR}[-_]?w\d\d(?!\d)", re.IGNORECASE), "a week and no day"),
-    (re.compile(rf"(?<!\d){_YEAR}[-_.]?(?:0[1-9]|1[0-2])(?!\d)"), "a month and no day"),
+    (re.compile(rf"(?<!\d){_YEAR}[-_]?w\d\d(?!\d)", re.IGNORECASE), "a week without a day"),
+    (re.compile(rf"(?<!\d){_YEAR}[-_.]?(?:0[1-9]|1[0-2])(?!\d)"), "a month without a day"),
     (
         re.compile(r"(?<!\d)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?!\d)"),
         "the year may have two digits",
@@ -628,10 +628,10 @@ def _day_is_first(names: Sequence[str]) -> bool:
 
 
 def _are_days_of_the_year(names: Sequence[str]) -> bool:
-    """Whether 2018-011 can only be the 11th day of 2018, and is no running number.
+    """Whether 2018-011 can only be the 11th day of 2018, and not a running number.
 
-    Running numbers count from 0 or 1 without a gap. After `_` or `.` numbers are usual that are
-    neither, so that several days are needed.
+    Running numbers count from 0 or 1 without a gap. Other numbers often follow `_` or `.`, so there
+    several days are required.
     """
     matches = [match for name in names for match in _ORDINAL.finditer(name)]
     by_year: dict[str, set[int]] = defaultdict(set)
@@ -671,7 +671,7 @@ def _are_times(names: Sequence[str]) -> bool:
 
 
 def unclear_date(name: str) -> str | None:
-    """What a name without a date has in its place, for messages; None if there is nothing.
+    """The text in a name that resembles a date, and why it is not read; None without one.
 
     Args:
         name: a file's name, with its folders.

@@ -119,7 +119,8 @@ class OnDemand:
                 return
             raise UnreachableReference(
                 f"{hosts} did not return the blocks of a window within "
-                f"{self._patience.total_seconds:g} s",
+                f"{self._patience.total_seconds:g} s: retry later, or give a smaller `bbox` or "
+                "`area`",
                 later=True,
             )
 

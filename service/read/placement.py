@@ -117,9 +117,9 @@ def place_files(used: Sequence[Header], everything: Sequence[Header], place: Pla
             "are allowed: give a larger pixel size",
         )
     known: dict[int, Position] = {}
-    for own in grids:
+    for header, own in zip(used, grids, strict=True):
         if id(own) not in known:
-            known[id(own)] = AS_IT_LIES if own is grid else _position(own, grid)
+            known[id(own)] = AS_IT_LIES if own is grid else _position(own, grid, header.name)
     positions = tuple(known[id(own)] for own in grids)
     return Placed(
         grid=grid,
@@ -233,17 +233,17 @@ def _same_lattice(own: Grid, grid: Grid) -> tuple[int, int] | None:
     return (row, column) if away <= _TOLERANCE else None
 
 
-def _position(own: Grid, grid: Grid) -> Position:
+def _position(own: Grid, grid: Grid, name: str) -> Position:
     at = _same_lattice(own, grid)
     if at is not None:
         row, column = at
         inside = row >= 0 and column >= 0
         if inside and row + grid.height <= own.height and column + grid.width <= own.width:
             return Position(row=row, column=column)
-    return Position(warp=Warp(grid=grid, scale=_scale(own, grid)))
+    return Position(warp=Warp(grid=grid, scale=_scale(own, grid, name)))
 
 
-def _scale(own: Grid, grid: Grid) -> tuple[float, float]:
+def _scale(own: Grid, grid: Grid, name: str) -> tuple[float, float]:
     """Pixels of the stack per pixel of the file, which set the size of the warper's kernel.
 
     The size is the same for all windows, so that the result does not depend on them.
@@ -260,7 +260,7 @@ def _scale(own: Grid, grid: Grid) -> tuple[float, float]:
             )
         except (GDALError, CRSError) as error:
             raise GridMismatch(
-                f"a file in {crs_name(own.crs)} cannot be transformed to {crs_name(grid.crs)}: "
+                f"'{name}', in {crs_name(own.crs)}, cannot be transformed to {crs_name(grid.crs)}: "
                 "give a `grid` in a CRS that covers all files"
             ) from error
         width, height = abs(default.a), abs(default.e)

@@ -634,7 +634,7 @@ def _with_offset(source: str) -> Callable[[Plane], Plane]:
 def _may_hold_offset(plane: Plane) -> bool:
     """Whether no source states an offset of a plane, which has floats or the scale 0.0001.
 
-    Floats are mostly a product's integers that somebody divided by 10,000.
+    Floats are mostly a product's integers divided by 10,000.
     """
     return plane.offset_source is None and (not plane.integer or math.isclose(plane.scale, 1e-4))
 

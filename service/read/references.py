@@ -69,15 +69,15 @@ async def fetch_items(
         items: references of a request, in order.
         folder: the request's folder; the caller removes only this folder.
         settings: allowed roots and hosts, and the largest number of bytes.
-        fields: what names each reference, for messages; empty for `items.0.href` and so on.
+        fields: name of each reference, for messages; empty for `items.0.href` and so on.
         patience: time limits.
         resolver: resolves host names.
         tls: trusted certificates; None uses httpx's own.
         place: the part of the files that is read: of TIFFs only its blocks are fetched. None
             downloads the files whole.
         on_demand: whether only the directories of TIFFs with a strong ETag are fetched, and their
-            blocks when they are read; other files are fetched as `place` says.
-        remotes: what all requests share; None shares nothing.
+            blocks when they are read; other files are fetched as for `place`.
+        remotes: limits and caches that all requests share; None for own ones.
 
     Raises:
         ForbiddenReference: an href is outside the allowed roots and hosts; if the href itself shows

@@ -187,10 +187,10 @@ def _of_generation(sensor: Sensor, header: Header) -> Sensor:
 
 
 def card_names(labels: str | None) -> tuple[str, ...]:
-    """Names for a model card of the sensors that a stack is of.
+    """The names that a model card uses for a stack's sensors.
 
     Args:
-        labels: comma-separated, as a stack has them; None if unknown.
+        labels: the stack's sensors, comma-separated; None if unknown.
     """
     known = (SENTINEL_2, HLS_S30, HLS_L30, OLI, TM, LANDSAT, MODIS, PLANETSCOPE)
     foreign = (sensor for _, sensor in _FOREIGN)

@@ -112,7 +112,7 @@ async def fetch_stac(
         tls: trusted certificates; None uses httpx's own.
         on_demand: whether only the directories of TIFFs with a strong ETag are fetched, and their
             blocks when they are read.
-        remotes: what all requests share; None shares nothing.
+        remotes: limits and caches that all requests share; None for own ones.
 
     Raises:
         ForbiddenReference: a URL, link or redirect is outside the allowed roots and hosts.
@@ -211,9 +211,11 @@ async def _document(url: str, web: Connections) -> Mapping[str, Any]:
     try:
         document = json.loads(await web.document(remote))
     except (ValueError, RecursionError) as error:
-        raise remote.unreachable("returned a document that is not valid JSON") from error
+        raise remote.unreachable(
+            "returned a document that is not valid JSON: check the URL"
+        ) from error
     if not isinstance(document, Mapping):
-        raise remote.unreachable("returned JSON that is not an object")
+        raise remote.unreachable("returned JSON that is not an object: check the URL")
     return document
 
 

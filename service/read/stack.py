@@ -190,7 +190,7 @@ class Stack:
     """Names of the files that hold a needed band; the others are left out."""
     warnings: tuple[StackWarning, ...]
     kept: KeptPixels = field(default_factory=KeptPixels, compare=False, repr=False)
-    """What was decoded of the files; stacks made from this one by `replace` share it."""
+    """Decoded pixels of the files; stacks made from this one by `replace` share them."""
 
     @property
     def small(self) -> bool:

@@ -50,7 +50,7 @@ _FETCHED = 4
 _MOST_LATE = 3
 """Workers on which a window may be late before its job fails."""
 _REFUSED_SECONDS = 60.0
-"""Seconds after which a refused worker may try again: somebody may have mounted its folder."""
+"""Seconds after which a refused worker may try again: its folder may have been mounted since."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,8 +166,8 @@ class FieldGrid:
 def _near(fields: Fields, grid: Grid) -> NDArray[np.object_]:
     """The shapes (N) in a raster's CRS; None for one that is far from the raster.
 
-    Of a polygon that is much larger than the raster only the part around it is kept: a projection
-    of the whole may not exist, or have the wrong shape, as for a box around the world.
+    A polygon that is much larger than the raster is cut to the surroundings of the raster: the
+    whole polygon, such as a box around the world, may have no projection, or a wrong shape.
     """
     shapes = fields.in_crs(grid.crs)
     around = grid.around(fields.crs)

@@ -305,7 +305,7 @@ class Plan:
 
     @property
     def predicts_for(self) -> Kind:
-        """What the run predicts for."""
+        """The kind of input: `raster`, `points`, `fields` or `series`."""
         if not isinstance(self.request, RasterRequest):
             return "series"
         if self.request.points is not None:
@@ -440,7 +440,7 @@ def _plan_files(
 
 
 def _with_backtest(run: RasterRun, request: RasterRequest, *, places: bool) -> RasterRun:
-    """The run with a backtest if it is wanted and the history is long enough."""
+    """The run with a backtest if one is due and the history is long enough."""
     requested = request.backtest
     if run.model.card.task != "forecast" or requested is False:
         return run

@@ -51,7 +51,7 @@ def backtest_sample(
     cancelled: threading.Event | None = None,
     cache: BlockCache | None = None,
 ) -> RasterRun:
-    """The run with its backtest on a sample of the raster's pixels; unchanged if none is wanted.
+    """The run with its backtest on a sample of the raster's pixels; unchanged without one.
 
     Raises:
         Cancelled: `cancelled` was set.

@@ -98,7 +98,7 @@ class RasterRequest:
     items: tuple[Mapping[str, Any], ...] = ()
     """The STAC items to which the files belong; returned as `sources`."""
     subscriber: Subscriber | None = None
-    """Whom a job calls; None calls nobody."""
+    """URLs that a job calls; None for no callbacks."""
 
     @property
     def operation(self) -> Runnable:
@@ -176,7 +176,7 @@ class SeriesRequest:
     horizon: int | None = None
     """Steps ahead of a forecast; None takes the card's maximum."""
     subscriber: Subscriber | None = None
-    """Whom a job calls; None calls nobody."""
+    """URLs that a job calls; None for no callbacks."""
     attribution: bool = False
     """Whether the attribution of each date to a class is requested."""
     backtest: bool | None = None

@@ -371,7 +371,8 @@ class Workplace:
             ) from error
         if hashlib.sha256(content).hexdigest() != file.sha256:
             raise self._refused(
-                f"reads other bytes in {file.key} in {storage.name} than the service has written"
+                f"reads other bytes in {file.key} in {storage.name} than the service has written: "
+                "both must share PIMC_STATE_DIR or PIMC_STORAGE_URL"
             )
         if into.files is None:
             into.files = StoredFiles(storage, settings.state_folder, self._scratch)

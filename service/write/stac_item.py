@@ -99,7 +99,7 @@ def result_item(
         grid: grid of the rasters.
         layers: the rasters, each in the file `<name>.tif`.
         made: provenance of the result.
-        task: what the result was made for; None is the model's task.
+        task: the task of the request; None for the model's task.
         polygons: whether the result contains the class map as polygons.
 
     Returns:

@@ -80,7 +80,9 @@ class Pastis:
             features = json.loads(path.read_text())["features"]
             entries = tuple(_entry(feature["properties"]) for feature in features)
         except OSError as error:
-            raise PastisError(f"{folder.name}: {path.name} is missing or not readable") from error
+            raise PastisError(
+                f"{folder.name}: {path.name} cannot be read: give the folder that holds it"
+            ) from error
         except (KeyError, TypeError, ValueError) as error:
             raise PastisError(f"{folder.name}: {path.name} is not as published: {error}") from error
         return cls(folder=folder, entries=entries)

@@ -58,7 +58,9 @@ async def make_head(request: Request, app: App, folder: Folder, caller: Caller) 
     """Make a model of own classes from labelled pixels; `/classify-pixels` serves it at once."""
     check_query(request, set())
     if app.closing.is_set():
-        raise NotReady("the server is stopping; nothing was started", retry_after=10)
+        raise NotReady(
+            "the server is stopping; nothing was started, retry after 10 s", retry_after=10
+        )
     owner = caller or ""
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)

@@ -376,7 +376,7 @@ def called_with(job: Job, event: Event, *, jobs: JobStore, root_path: str) -> di
 
     Args:
         job: as it is now.
-        event: what has happened to the job.
+        event: the change of the job.
         jobs: the store of the job.
         root_path: the path before the service's own paths.
     """

@@ -31,7 +31,9 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
     """Measured reflectance, NDVI, EVI and SAVI of points or fields by date, without prediction."""
     check_query(request, set())
     if app.closing.is_set():
-        raise NotReady("the server is stopping; nothing was started", retry_after=10)
+        raise NotReady(
+            "the server is stopping; nothing was started, retry after 10 s", retry_after=10
+        )
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
     async with app.admission.admit(share) as admitted:

@@ -221,7 +221,9 @@ async def serve(
         PIMCError: the request is rejected, or its run fails.
     """
     if app.closing.is_set():
-        raise NotReady("the server is stopping; nothing was started", retry_after=10)
+        raise NotReady(
+            "the server is stopping; nothing was started, retry after 10 s", retry_after=10
+        )
     owner, charged = caller or "", share_of(caller, request.scope)
     share = app.quotas.share(charged)
     request.state.limits = partial(app.quotas.limits, charged)

@@ -32,7 +32,9 @@ async def validate(
     """Check a request without running it: errors, warnings, estimated size and time."""
     check_query(request, {"task"})
     if app.closing.is_set():
-        raise NotReady("the server is stopping; nothing was started", retry_after=10)
+        raise NotReady(
+            "the server is stopping; nothing was started, retry after 10 s", retry_after=10
+        )
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
     async with app.admission.admit(share) as admitted:
