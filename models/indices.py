@@ -1,4 +1,4 @@
-"""Spectral indices, by name: see `models.formulas`."""
+"""Spectral indices in the graph: a torch module over the formulas in `models.formulas`."""
 
 from __future__ import annotations
 

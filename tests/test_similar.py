@@ -31,10 +31,10 @@ from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.stack import open_stack
 from service.read.vectors import Fields
-from service.run.places import MAX_BANDS, MAX_PLACES
 from service.run.plan import plan_raster
 from service.run.raster import make_work
 from service.run.similar import run_similar, similarities, unit
+from service.run.similar_places import MAX_BANDS, MAX_PLACES
 from service.run.windows import Step, windows
 from tests.kits.jobs import ASYNC, waited
 from tests.kits.rasters import NORTH_UP, UTM, write

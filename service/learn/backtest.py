@@ -1,4 +1,4 @@
-"""Backtests: a correction of forecasts fitted to hindcasts, and its errors.
+"""Backtests: shares and band widths of forecasts, fitted to hindcasts, and their errors.
 
     hindcasts ──▶ shares of persistence and last year's date, by step ──▶ corrected medians
               └─▶ conformal scores of these, by step ──▶ factor on the band's half widths

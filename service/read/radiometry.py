@@ -1,4 +1,4 @@
-"""Radiometry: checks and corrections of scale and offset by sampled pixels.
+"""Radiometry: checks and corrections of scale and offset by sampled pixels, date by date.
 
     stack → sample of the stored numbers → checks and corrections by file → calibrated stack
 

@@ -1,4 +1,4 @@
-"""Reflectance: scale and offset of a band, by the request, the file or the sensor.
+"""Stated scale and offset of a band: by the request, the file or the sensor.
 
     reflectance = value x scale + offset
 

@@ -1,1 +1,1 @@
-"""Compose read, infer and write: request → plan → run → result."""
+"""Compose read, infer, learn and write: request → plan → run → result."""

@@ -1,4 +1,4 @@
-"""Executors: the three stages of a run, read ahead | infer | write behind.
+"""Executors: windows pass through the stages of a run, read ahead | infer | write behind.
 
     items ──▶ read (1 thread) ──▶ infer (2 threads) ──▶ write (1 thread, in the items' order)
 

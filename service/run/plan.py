@@ -39,7 +39,6 @@ from service.run.memory import (
     sampling_need,
     series_need,
 )
-from service.run.places import read_places
 from service.run.request import (
     RasterRequest,
     Runnable,
@@ -48,6 +47,7 @@ from service.run.request import (
     TaskRequest,
 )
 from service.run.series import SeriesRun, plan_series
+from service.run.similar_places import read_places
 from service.run.time_window import resolve_time_window
 from service.tracing import span
 from service.write.predictions import (

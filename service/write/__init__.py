@@ -1,1 +1,1 @@
-"""Predictions to files: layers, COGs, legends."""
+"""Predictions to files: COGs, legends, polygons, tables of fields, STAC items."""
