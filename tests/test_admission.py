@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import io
 import re
 import socket
 import tempfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
@@ -26,6 +28,7 @@ from service.api.admission import Admission, FairSlots
 from service.api.middleware import SlowClientMiddleware
 from service.api.routes import tasks
 from service.errors import Overloaded
+from service.read import containers
 from service.run.execute import execute
 from service.run.plan import Plan
 from service.run.request import SeriesRequest
@@ -362,6 +365,42 @@ def test_bodies_that_exceed_the_space_are_rejected(tmp_path: Path) -> None:
             assert int(refused.headers["Retry-After"]) > 0
         assert soon(lambda: metric(client, "pimc_spooled_bytes") == 0)
         assert client.post("/embed", files=form).json()["code"] == "not_a_geotiff"
+
+
+def test_the_members_of_zips_count_as_bodies_and_are_measured_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo = write_zoo(tmp_path / "zoo")
+
+    def zipped(*sizes: int) -> tuple[str, tuple[str, bytes]]:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for number, size in enumerate(sizes):
+                archive.writestr(f"{number}.tif", bytes(size))
+        return ("files", ("a.zip", buffer.getvalue()))
+
+    began: list[float] = []
+    with served(model_dir=zoo, max_body_bytes=100_000, max_spool_bytes=200_000) as client:
+        write = containers._write
+
+        def watched(*arguments: Any) -> int:
+            began.append(metric(client, "pimc_spooled_bytes"))
+            return write(*arguments)
+
+        monkeypatch.setattr(containers, "_write", watched)
+        refused = client.post("/embed", files=[zipped(60_000, 60_000)])
+        assert (refused.status_code, refused.json()["code"]) == (413, "body_too_large")
+        assert not began
+        # What no caller may ever use is refused, too: a zip that is kept beside its members.
+        noise = ("files", ("b.tif", bytes(60_000)))
+        refused = client.post("/embed", files=[zipped(60_000), noise])
+        assert (refused.status_code, refused.json()["code"]) == (413, "body_too_large")
+        assert "PIMC_MAX_SPOOL_BYTES" in refused.json()["detail"]
+        assert not began
+        sent = zipped(40_000, 30_000)
+        assert client.post("/embed", files=[sent]).json()["code"] == "not_a_geotiff"
+        assert [number > 70_000 for number in began] == [True, True]
+        assert soon(lambda: metric(client, "pimc_spooled_bytes") == 0)
 
 
 # Clients that do not read the response ----------------------------------------------------------

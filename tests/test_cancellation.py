@@ -10,6 +10,7 @@ import functools
 import importlib
 import socket
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -362,6 +363,36 @@ def test_a_derived_map_ends_once_the_client_has_left(
     # It was not kept half made: the next client receives all of it.
     assert api.get(path).status_code == 200
     assert outlines.calls > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["/classify-pixels", "/series", "/heads", "/processes/embed"])
+def test_a_zip_is_no_longer_unpacked_once_the_client_has_left(
+    api: httpx.Client,
+    folder: Path,
+    noticed: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+) -> None:
+    sources = sorted(folder.glob("*.tif"))
+    packed = folder / "stack.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for source in sources:
+            archive.write(source, source.name)
+    if path.startswith("/processes/"):
+        path, body = f"{path}/execution", {"inputs": {"files": [{"href": str(packed)}]}}
+    else:
+        body = {"items": [{"href": str(packed)}]}
+        body |= {"name": "own", "labels": LABELS} if path == "/heads" else {"points": POINTS}
+    gate = Gate(noticed, holds=True)
+    patched(monkeypatch, "service.read.containers:_write", gate)
+    with connected(api) as caller:
+        caller.sendall(sent(path, body))
+        assert gate.reached.wait(PATIENCE)
+    assert noticed.wait(PATIENCE)
+    # The request itself, which asks, is the only one.
+    assert soon(lambda: "pimc_requests_in_flight 1.0" in api.get("/metrics").text)
+    assert gate.calls == 1 < len(sources)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from service.errors import (
     RasterTooLarge,
 )
 from service.read import jp2_guard
-from service.read.containers import unpack
+from service.read.containers import unpack, unpacked_bytes
 from service.read.geotiff import SourceFile, gdal_options, read_header
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
@@ -175,6 +175,23 @@ def test_geotiffs_may_be_sent_in_a_zip(tmp_path: Path) -> None:
     assert stack.dates == (date(2021, 1, 5), date(2021, 1, 15))
     assert stack.files == ("stack/x_20210105.tif", "stack/x_20210115.tif")
     np.testing.assert_allclose(values(stack)[1], pixels * 1e-4, rtol=1e-6)
+
+
+def test_a_zip_is_measured_before_it_is_unpacked(tmp_path: Path) -> None:
+    members = {
+        "a.tif": bytes(10**6),
+        "b.jp2": bytes(10**6),
+        "T31_B04.jp2": b"x" * 10,
+        "c.txt": b"y",
+    }
+    sent = [zipped(tmp_path / "s.zip", members), zipped(tmp_path / "t.zip", {"d.tif": b"z" * 7})]
+    assert unpacked_bytes(sent, max_bytes=10**7) == 10**6 + 10 + 7
+    folder = tmp_path / "in"
+    folder.mkdir()
+    unpack(sent, folder, max_bytes=10**7, max_files=10)
+    assert sum(path.stat().st_size for path in folder.iterdir()) == 10**6 + 10 + 7
+    with pytest.raises(BodyTooLarge, match=r"s\.zip.* more than the 1000 bytes"):
+        unpacked_bytes(sent, max_bytes=1000)
 
 
 def test_the_content_of_a_zip_is_bounded_whatever_it_declares(tmp_path: Path) -> None:

@@ -98,8 +98,23 @@ class Admitted:
             BodyTooLarge: one caller may never use so much.
             Overloaded: the bytes exceed the space that is left.
         """
-        self._rooms[True].take(self.caller, count, held=self._taken[True])
-        self._taken[True] += count
+        self._reserve(count, in_memory=True)
+
+    def reserve_disk(self, count: int) -> None:
+        """Reserve space for what the body is unpacked to, until the request ends.
+
+        Args:
+            count: number of bytes.
+
+        Raises:
+            BodyTooLarge: one caller may never use so much.
+            Overloaded: the bytes exceed the space that is left.
+        """
+        self._reserve(count, in_memory=False)
+
+    def _reserve(self, count: int, *, in_memory: bool) -> None:
+        self._rooms[in_memory].take(self.caller, count, held=self._taken[in_memory])
+        self._taken[in_memory] += count
 
     def paused(self, seconds: float) -> None:
         """Leave out of the upload's time the seconds in which the server did not read."""

@@ -12,16 +12,18 @@ from __future__ import annotations
 import json
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
-from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF, StackWarning, shown
+from service.errors import BodyTooLarge, Cancelled, InvalidRequest, NotAGeoTIFF, StackWarning, shown
 from service.read.geotiff import Georeference, Header, SourceFile, label
 from service.read.jp2_guard import SIGNATURE
 from service.read.metadata import band_of, quality_of, stem
@@ -58,8 +60,38 @@ class Unpacked:
     """Members that were not unpacked, each with the reason."""
 
 
+def unpacked_bytes(files: Sequence[SourceFile], *, max_bytes: int) -> int:
+    """Size of the members that `unpack` writes, as the directories of the zips state it, bytes.
+
+    Python's zipfile reads no more of a member than its directory states.
+
+    Args:
+        files: the files of the request.
+        max_bytes: largest size, bytes.
+
+    Raises:
+        BodyTooLarge: the members have more bytes.
+        InvalidRequest: a zip is damaged, or has too many members.
+    """
+    total = 0
+    for file in files:
+        if not _begins(file.path, ZIP_MAGIC):
+            continue
+        with _opened(file) as archive:
+            total += sum(one.file_size for one in archive.infolist() if _why_not(one) is None)
+        if total > max_bytes:
+            raise _too_large(file.name, max_bytes)
+    return total
+
+
 def unpack(
-    files: Sequence[SourceFile], folder: Path, *, max_bytes: int, max_files: int, jp2: bool = True
+    files: Sequence[SourceFile],
+    folder: Path,
+    *,
+    max_bytes: int,
+    max_files: int,
+    jp2: bool = True,
+    cancelled: threading.Event | None = None,
 ) -> Unpacked:
     """Unpack the zips among files.
 
@@ -69,8 +101,10 @@ def unpack(
         max_bytes: largest size of all members together, bytes.
         max_files: largest number of rasters.
         jp2: whether JPEG 2000 files may be read.
+        cancelled: event that is set once the client has disconnected.
 
     Raises:
+        Cancelled: the client disconnected.
         BodyTooLarge: the members have more bytes, also if the zip declares fewer.
         InvalidRequest: a zip is damaged, or has too many members.
         NotAGeoTIFF: a file is JPEG 2000, and `jp2` is False.
@@ -82,7 +116,7 @@ def unpack(
         if not _begins(file.path, ZIP_MAGIC):
             found.append(file)
             continue
-        members, others, used = _members(file, folder, f"{number:04d}", room, max_bytes)
+        members, others, used = _members(file, folder, f"{number:04d}", room, max_bytes, cancelled)
         if file.path.is_relative_to(folder):  # an upload, which is not needed any more
             file.path.unlink()
         found += members
@@ -112,41 +146,57 @@ def _begins(path: Path, magic: bytes) -> bool:
 
 
 def _members(
-    source: SourceFile, folder: Path, prefix: str, room: int, limit: int
+    source: SourceFile,
+    folder: Path,
+    prefix: str,
+    room: int,
+    limit: int,
+    cancelled: threading.Event | None,
 ) -> tuple[list[SourceFile], list[tuple[str, str]], int]:
     """The extracted rasters and metadata of a zip, the members left out, and the bytes written."""
-    _check_directory(source)
     found: list[SourceFile] = []
     left_out: list[tuple[str, str]] = []
     used = 0
+    with _opened(source) as archive:
+        for number, member in enumerate(archive.infolist()):
+            reason = _why_not(member)
+            if member.is_dir() or reason == "":
+                continue
+            name = label(member.filename, number)
+            if reason is not None:
+                left_out.append((name, reason))
+                continue
+            path = folder / f"{prefix}-{number:05d}.member"
+            with archive.open(member) as content:
+                used += _write(content, path, room - used, source.name, limit, cancelled)
+            written = SourceFile(name=name, path=path)
+            if _is_json(name) and _item(written) is None:
+                path.unlink()
+                left_out.append((name, "not a raster (.tif or .jp2)"))
+                continue
+            found.append(written)
+    if not any(_RASTER.search(file.name) for file in found):
+        raise InvalidRequest.of("files", _holds_none(source.name, left_out))
+    return found, left_out, used
+
+
+@contextmanager
+def _opened(source: SourceFile) -> Iterator[zipfile.ZipFile]:
+    """A zip whose directory fits into memory.
+
+    Raises:
+        InvalidRequest: the zip is damaged, or has too many members.
+    """
+    _check_directory(source)
     try:
         with zipfile.ZipFile(source.path) as archive:
-            for number, member in enumerate(archive.infolist()):
-                reason = _why_not(member)
-                if member.is_dir() or reason == "":
-                    continue
-                name = label(member.filename, number)
-                if reason is not None:
-                    left_out.append((name, reason))
-                    continue
-                path = folder / f"{prefix}-{number:05d}.member"
-                with archive.open(member) as content:
-                    used += _write(content, path, room - used, source.name, limit)
-                written = SourceFile(name=name, path=path)
-                if _is_json(name) and _item(written) is None:
-                    path.unlink()
-                    left_out.append((name, "not a raster (.tif or .jp2)"))
-                    continue
-                found.append(written)
+            yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InvalidRequest.of(
             "files",
             f"the zip '{source.name}' cannot be unpacked ({type(error).__name__}): write the zip "
             "again, or send the files without it",
         ) from error
-    if not any(_RASTER.search(file.name) for file in found):
-        raise InvalidRequest.of("files", _holds_none(source.name, left_out))
-    return found, left_out, used
 
 
 def _holds_none(name: str, left_out: Sequence[tuple[str, str]]) -> str:
@@ -189,23 +239,37 @@ def _is_json(name: str) -> bool:
     return name.lower().endswith(".json")
 
 
-def _write(content: IO[bytes], path: Path, room: int, name: str, limit: int) -> int:
+def _write(
+    content: IO[bytes],
+    path: Path,
+    room: int,
+    name: str,
+    limit: int,
+    cancelled: threading.Event | None,
+) -> int:
     """Write the content of a member, up to a limit; returns its size.
 
     Raises:
         BodyTooLarge: the member is larger than the limit.
+        Cancelled: the client disconnected.
     """
     size = 0
     with path.open("xb") as file:
         while chunk := content.read(_CHUNK_BYTES):
+            if cancelled is not None and cancelled.is_set():
+                raise Cancelled("the client disconnected while a zip was unpacked")
             size += len(chunk)
             if size > room:
-                raise BodyTooLarge(
-                    f"the zip '{name}' unpacks to more than the {limit} bytes that the zips of a "
-                    "request may hold: send fewer files, or cut the area into parts"
-                )
+                raise _too_large(name, limit)
             file.write(chunk)
     return size
+
+
+def _too_large(name: str, limit: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"the zip '{name}' unpacks to more than the {limit} bytes that the zips of a request may "
+        "hold: send fewer files, or cut the area into parts"
+    )
 
 
 def _check_directory(source: SourceFile) -> None:

@@ -157,7 +157,7 @@ async def _read_request(
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         labels = form.vectors.get(LABELS) or await vector_file(LABELS, parameters.labels, folder)
-        return await _of_files(parameters, form.files, labels, folder, app)
+        return await _of_files(parameters, form.files, labels, request, folder, app, admitted)
     named, found, series = await parsed_json(
         request, app, admitted, read_head_items, read_head_stac, read_head_series
     )
@@ -173,7 +173,9 @@ async def _read_request(
         with span("fetch"):
             fetch = stac_head(stac, parameters.stack, labels, app, folder, admitted)
             fetched = await unless_gone(request, fetch)
-        return await _of_files(parameters, fetched.files, labels, folder, app, stack=fetched.stack)
+        return await _of_files(
+            parameters, fetched.files, labels, request, folder, app, admitted, stack=fetched.stack
+        )
     items, parameters = named
     with span("fetch", items=len(items)):
         fetching = fetch_items(
@@ -189,22 +191,26 @@ async def _read_request(
         if file.path.is_relative_to(folder):  # downloaded
             admitted.received(file.path.stat().st_size)
     labels = await vector_file(LABELS, parameters.labels, folder)
-    return await _of_files(parameters, files, labels, folder, app)
+    return await _of_files(parameters, files, labels, request, folder, app, admitted)
 
 
 async def _of_files(
     parameters: HeadForm,
     files: tuple[SourceFile, ...],
     labels: SourceFile | None,
+    request: Request,
     folder: Path,
     app: AppState,
+    admitted: Admitted,
     stack: StackOptions | None = None,
 ) -> HeadRequest:
     if labels is None:
         raise InvalidRequest.of(
             LABELS, "missing: send points or polygons, each with a property `class`"
         )
-    opened, options = await unpacked(files, stack or parameters.stack, folder, app)
+    opened, options = await unpacked(
+        files, stack or parameters.stack, request, folder, app, admitted
+    )
     return HeadRequest(
         name=parameters.name,
         description=parameters.description,

@@ -169,7 +169,7 @@ async def execute_process(
         execute, inputs = await parse_body(
             request, partial(_parsed, task, body), size=len(body), turns=app.admission.parsers
         )
-        fetch = _Inputs(app, folder, admitted)
+        fetch = _Inputs(request, app, folder, admitted)
         with inputs_named(task):
             task_request = await unless_gone(
                 request,
@@ -310,12 +310,14 @@ class _Inputs:
     """Reads a request's inputs into files and values.
 
     Args:
+        request: the request, whose body has been read to the end.
         app: application state.
         folder: the request's folder.
         admitted: the admitted request, which counts the bytes that are fetched and decoded.
     """
 
-    def __init__(self, app: AppState, folder: Path, admitted: Admitted) -> None:
+    def __init__(self, request: Request, app: AppState, folder: Path, admitted: Admitted) -> None:
+        self.request = request
         self.app = app
         self.folder = folder
         self.admitted = admitted
@@ -455,7 +457,7 @@ async def _request_of(
         if found is None:
             raise InvalidRequest.of("stac", "a STAC document, a search or a URL is required")
         stac, form = found
-        request = await stac_request(
+        by_stac = await stac_request(
             task,
             stac,
             form,
@@ -466,7 +468,7 @@ async def _request_of(
             owner,
             on_demand=on_demand,
         )
-        return await with_zips_opened(request, folder, app)
+        return await with_zips_opened(by_stac, fetch.request, folder, app, fetch.admitted)
     # Binary values have no address: a placeholder lets the other parameters be validated.
     body["items"] = [{"href": getattr(one, "href", "value")} for one in inputs.files]
     text = await fetch.text(body)
@@ -477,7 +479,9 @@ async def _request_of(
     files = await fetch.files(
         inputs.files, place=part_of(wanted.stack), on_demand=on_demand or wanted.of_places
     )
-    return await with_zips_opened(replace(wanted, files=files), folder, app)
+    return await with_zips_opened(
+        replace(wanted, files=files), fetch.request, folder, app, fetch.admitted
+    )
 
 
 def _attributed(given: Any) -> bool:  # noqa: ANN401 - JSON

@@ -7,7 +7,7 @@ Each route calls `serve`, which handles a request from its body to its response.
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from service.errors import MOST_ERRORS, InvalidRequest, NotReady, first_names
 from service.jobs.callbacks import check_subscriber
 from service.jobs.serialise import json_parts
 from service.jobs.store import Idempotency, Job, fingerprint
-from service.read.containers import unpack
+from service.read.containers import unpack, unpacked_bytes
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.placement import Place
@@ -432,39 +432,52 @@ def check_query(request: Request, known: set[str]) -> None:
 
 
 async def unpacked(
-    files: Sequence[SourceFile], stack: StackOptions, folder: Path, app: AppState
+    files: Sequence[SourceFile],
+    stack: StackOptions,
+    request: Request,
+    folder: Path,
+    app: AppState,
+    admitted: Admitted,
 ) -> tuple[tuple[SourceFile, ...], StackOptions]:
-    """Unpack the zips among a request's files.
+    """Unpack the zips among a request's files, for as long as its client stays connected.
 
     Args:
         files: the files, zips among them.
         stack: the parameters that describe the files.
+        request: the request, whose body has been read to the end.
         folder: folder of the request, into which zips are unpacked.
         app: application state.
+        admitted: the admitted request, for whose body the members count.
 
     Returns:
         The files with those of the zips, and the parameters with the files that were left out.
 
     Raises:
+        Cancelled: the client disconnected.
+        Overloaded: the members exceed the space for bodies.
         PIMCError: a zip cannot be opened, or holds too many files or bytes.
     """
-    opened = await to_thread.run_sync(
-        partial(
-            unpack,
-            files,
-            folder,
-            max_bytes=app.settings.max_body_bytes,
-            max_files=app.limits.files,
-            jp2=app.settings.jp2,
-        )
+    most = app.settings.max_body_bytes
+    size = await to_thread.run_sync(partial(unpacked_bytes, files, max_bytes=most))
+    admitted.reserve_disk(size)
+    work = partial(
+        unpack,
+        files,
+        folder,
+        max_bytes=most,
+        max_files=app.limits.files,
+        jp2=app.settings.jp2,
     )
+    opened = await run_watched(request, work, slot=nullcontext())
     return opened.files, replace(stack, left_out=(*stack.left_out, *opened.left_out))
 
 
-async def with_zips_opened(request: RasterRequest, folder: Path, app: AppState) -> RasterRequest:
+async def with_zips_opened(
+    parsed: RasterRequest, request: Request, folder: Path, app: AppState, admitted: Admitted
+) -> RasterRequest:
     """A request on the files that its zips hold; see `unpacked`."""
-    files, stack = await unpacked(request.files, request.stack, folder, app)
-    return replace(request, files=files, stack=stack)
+    files, stack = await unpacked(parsed.files, parsed.stack, request, folder, app, admitted)
+    return replace(parsed, files=files, stack=stack)
 
 
 async def read_request(
@@ -505,7 +518,7 @@ async def read_request(
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         polygons = form.vectors.get(FIELDS) or await vector_file(FIELDS, parameters.fields, folder)
         parsed = await to_thread.run_sync(parameters.request, task, form.files, polygons)
-        return await with_zips_opened(parsed, folder, app)
+        return await with_zips_opened(parsed, request, folder, app, admitted)
     settings = app.settings
     named, found, series = await parsed_json(
         request,
@@ -532,7 +545,7 @@ async def read_request(
         for file in files:
             if file.path.is_relative_to(folder):  # downloaded
                 admitted.received(file.path.stat().st_size)
-        return await with_zips_opened(replace(wanted, files=files), folder, app)
+        return await with_zips_opened(replace(wanted, files=files), request, folder, app, admitted)
     if found is not None:
         stac, parameters = found
         polygons = await vector_file(FIELDS, parameters.fields, folder)
@@ -549,7 +562,7 @@ async def read_request(
         )
         with span("fetch"):
             by_stac = await unless_gone(request, fetch)
-        return await with_zips_opened(by_stac, folder, app)
+        return await with_zips_opened(by_stac, request, folder, app, admitted)
     if series is None:
         raise TypeError("a body without files and items was not read as series")
     if modality == "patch":
