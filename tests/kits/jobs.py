@@ -112,13 +112,15 @@ def taught(name: str, other: str = "Maize") -> dict[str, Any]:
     return {"name": name, "series": series}
 
 
+def status(api: httpx.Client, job_id: str) -> dict[str, Any]:
+    """The status document of a job."""
+    return dict(api.get(f"/jobs/{job_id}").json())
+
+
 def waited(api: httpx.Client, job_id: str) -> dict[str, Any]:
     """Wait for the end of a job, and return its status document."""
-    end = time.monotonic() + PATIENCE
-    while (info := api.get(f"/jobs/{job_id}").json())["status"] not in ENDED:
-        assert time.monotonic() < end, info
-        time.sleep(0.02)
-    return info
+    assert soon(lambda: status(api, job_id)["status"] in ENDED), status(api, job_id)
+    return status(api, job_id)
 
 
 def finished(api: httpx.Client, job_id: str) -> bytes:

@@ -13,19 +13,24 @@ PATIENCE = 300.0
 """Seconds after which a wait fails, for sockets, processes, threads, queues and HTTP clients."""
 
 
+_LONGEST_PAUSE = 0.2
+
+
 def soon(true: Callable[[], bool], *, pause: float = 0.01) -> bool:
-    """Wait until a condition holds.
+    """Wait until a condition holds, which it then keeps doing.
 
     Args:
         true: the condition, called again and again until it holds.
-        pause: seconds between two calls.
+        pause: seconds between the first two calls; later pauses are an eighth of what has passed.
 
     Returns:
         Whether it held before `PATIENCE` had passed.
     """
-    end = time.monotonic() + PATIENCE
+    begun = time.monotonic()
     while not true():
-        if time.monotonic() > end:
+        waited = time.monotonic() - begun
+        if waited > PATIENCE:
             return False
-        time.sleep(pause)
+        # A look, often a request, takes processor time from the work that is waited for.
+        time.sleep(min(max(waited / 8, pause), _LONGEST_PAUSE))
     return True
