@@ -397,8 +397,8 @@ def test_a_password_is_in_no_message(tmp_path: Path, rest: str) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Eight windows."""
-    return stack(tmp_path_factory.mktemp("large"), 160, 256)
+    """Ten windows: of one run five are read and of the next three, and some are left."""
+    return stack(tmp_path_factory.mktemp("large"), 150, 230)
 
 
 def logged(service: Service, message: str) -> None:

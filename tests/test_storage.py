@@ -471,8 +471,8 @@ def test_a_storage_that_does_not_belong_to_the_database(
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Eight windows."""
-    return stack(tmp_path_factory.mktemp("large"), 160, 256)
+    """Ten windows: of one run five are read and of the next three, and some are left."""
+    return stack(tmp_path_factory.mktemp("large"), 150, 230)
 
 
 def objects(s3: S3, backend: Backend) -> list[str]:
