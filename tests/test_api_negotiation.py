@@ -33,7 +33,7 @@ OFFERS = (COG, ZIP, JSON)
         ("image/tiff;q=0, */*", ZIP),
         ("*/*, image/*;q=0, application/zip;q=0.2", JSON),
         ("application/json;q=0.2, application/*;q=0.9", ZIP),
-        # What makes no sense is passed over.
+        # Values that make no sense are ignored.
         ("nonsense, application/json", JSON),
         ("application/zip;q=x, application/json;q=0.1", JSON),
     ],

@@ -131,7 +131,7 @@ def test_a_job_that_ends_while_it_is_copied_is_kept_as_it_ended(
 def test_a_job_that_is_copied_before_its_success_is_recorded_runs_again(
     zoo: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its result is complete and its row says that it runs: the backup needs the uploads."""
+    """A complete result whose row still states `running`: the backup needs the uploads."""
     state, backup, other = (tmp_path / name for name in ("state", "backup", "other"))
     reached, copied = Event(), Event()
     end = JobStore._end
@@ -150,7 +150,7 @@ def test_a_job_that_is_copied_before_its_success_is_recorded_runs_again(
         assert done.returncode == 0, done.stderr
         waited(api, job)
         undisturbed = result(api, job)
-        # The uploads are removed once the row says how the job has ended.
+        # The uploads are removed once the row states how the job has ended.
         assert soon(lambda: not (state / "jobs" / job / "input").exists())
     assert service("restore", backup, other).returncode == 0
     with served(model_dir=zoo, state_dir=other) as api:

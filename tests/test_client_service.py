@@ -57,7 +57,7 @@ KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 _TINY = [("tiny", "sync"), ("tiny", "async")]
 # The clients differ only in how they send, which the tiny bundles show; the real ones take longer.
 SERVICES = pytest.mark.parametrize(("url", "kind"), [*_TINY, ("zoo", "async")], indirect=["url"])
-# What does not depend on the models.
+# Behaviour that does not depend on the models.
 TINY = pytest.mark.parametrize(("url", "kind"), _TINY, indirect=["url"])
 COMMAND = pytest.mark.parametrize("url", ["tiny"], indirect=True)
 ROOT = Path(__file__).parents[1]

@@ -125,7 +125,7 @@ def test_what_is_there_is_not_fetched_again(world: World, tmp_path: Path) -> Non
     (tmp_path / "S2_20220610.part").write_bytes(b"cut off")
     world.web.requests.clear()
     assert fetched(world, tmp_path) == paths
-    # The first item's header tells the grid.
+    # The first item's header states the grid.
     assert {name.split("/")[0] for name, *_ in world.web.requests} - {"tyrol0"} == {"tyrol1"}
     assert [path.read_bytes() for path in paths] == before
     with pytest.raises(StackError, match="other bands or another grid"):

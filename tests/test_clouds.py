@@ -30,7 +30,7 @@ CLOUD, SHADOW, SNOW = (0.45, 0.46, 0.55), (0.012, 0.012, 0.06), (0.7, 0.72, 0.7)
 
 
 def judged(*series: tuple[float, ...]) -> list[bool]:
-    """What the mask says of one pixel with these reflectances, date by date."""
+    """The mask of one pixel with these reflectances, date by date."""
     values = np.array(series, np.float32)[:, :, None]
     seen = np.ones((len(series), 1), np.bool_)
     return clouds.clear(*values.transpose(1, 0, 2), seen)[:, 0].tolist()

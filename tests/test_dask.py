@@ -119,7 +119,7 @@ def test_jobs_on_a_cluster_have_the_bytes_of_one_process(
             assert found[0] == found[1], (path, data)
         assert all(fleet.begun(worker) for worker in workers)
         assert not list(fleet.state.rglob("*.pass"))
-        # What a client waits for is computed in the service.
+        # Synchronous requests are computed in the service.
         before = fleet.begun()
         response = api.post("/classify-pixels", files=files)
         assert response.status_code == 200

@@ -90,7 +90,7 @@ def test_workers_read_uploads_from_a_bucket(
         joined(api, 2)
         assert api.post("/heads", json=taught("crops")).status_code == 201
         for path, sent, data in cases:
-            # What a client waits for is computed in the service.
+            # Synchronous requests are computed in the service.
             expected = api.post(path, files=sent, data=data)
             assert expected.status_code == 200, expected.text
             before = outcome(api, "written")

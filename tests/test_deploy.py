@@ -83,7 +83,7 @@ def script(name: str) -> ModuleType:
 
 
 def copied(file: str) -> list[str]:
-    """What a Dockerfile copies from the checkout."""
+    """Paths that a Dockerfile copies from the checkout."""
     found = re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILES[file], re.MULTILINE)
     return [source for line in found for source in line.split()[:-1]]
 
@@ -180,7 +180,7 @@ DIGEST = f"sha256:{'ab' * 32}"
 
 @contextmanager
 def registry() -> Iterator[str]:
-    """A registry that wants a token, as Docker's does, and has one tag."""
+    """A registry that requires a token, as Docker's does, and has one tag."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -240,7 +240,7 @@ def test_the_base_image_is_pinned_by_the_digest_that_the_registry_states(tmp_pat
 
 
 def required(requirements: list[str]) -> dict[str, Requirement]:
-    """What requirements lead to, directly or not, as the packages installed here say."""
+    """Direct and indirect dependencies, by the metadata of the installed packages."""
     found: dict[str, Requirement] = {}
     waiting = [Requirement(r) for r in requirements]
     while waiting:

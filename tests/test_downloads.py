@@ -361,7 +361,7 @@ MEGABYTES = 48
 
 
 def enlarge(path: Path) -> None:
-    """More than the buffers of a connection hold. What is sent is what lies there."""
+    """Append more bytes than the buffers of a connection hold."""
     with path.open("ab") as file:
         for _ in range(MEGABYTES):
             file.write(bytes(2**20))
@@ -476,7 +476,7 @@ def test_a_body_that_was_sent_at_once_and_is_not_read_is_dropped(close: bool) ->
             pytest.MonkeyPatch.context() as patched,
             socket.socket() as reader,
         ):
-            # What is unread adds to the time in which it must be read: here, next to nothing.
+            # Unread bytes add to the time in which they must be read: here, next to nothing.
             patched.setattr("service.api.http_protocol.SLOWEST_BYTES", 2.0**40)
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
             reader.connect(server.servers[0].sockets[0].getsockname()[:2])

@@ -539,7 +539,7 @@ def test_a_device_that_differs_from_the_cpu_is_rejected(zoo):
     on_a_device(zoo, most=10**9)  # which is not
 
 
-# What memory there is, ONNX Runtime is really refused more of, in a process of its own.
+# ONNX Runtime really runs out of memory, in a process of its own.
 STARVED = """
 import logging, resource, sys
 import numpy as np

@@ -186,7 +186,7 @@ def test_an_outlier_does_not_stretch_the_scales(
 
 
 def source(made_by: dict[str, onnx.NodeProto], name: str) -> str:
-    """What a matrix is a view of."""
+    """Name of the array that a matrix is a view of."""
     while made_by[name].op_type in {"Unsqueeze", "Transpose"}:
         name = made_by[name].input[0]
     return name

@@ -160,7 +160,7 @@ def test_the_card_states_what_it_was_made_of(api, made) -> None:
 
 
 def test_the_scores_are_those_of_labels_that_it_never_saw(api, files) -> None:
-    """Classes that a place tells by chance are not scored as known."""
+    """Classes that a place predicts by chance do not raise the score."""
     random = np.random.default_rng(2)
     features = labelled(30)
     names = [f["properties"]["class"] for f in features]
@@ -510,7 +510,7 @@ def test_a_model_outlives_kill_9(tmp_path: Path, files) -> None:
         assert response.status_code == 201, response.text
         before = class_map(service.api, files, "kept")
         service.kill()
-    # What a kill in the middle of a request leaves.
+    # Files that a kill in the middle of a request leaves.
     half = tmp_path / "state" / "heads" / ".new-half"
     half.mkdir()
     (half / "model.onnx").write_bytes(b"half")

@@ -128,7 +128,7 @@ def test_a_request_that_is_not_http_is_a_problem_response(api: httpx.Client) -> 
 
 
 def half_a_head(api: httpx.Client, *before: bytes) -> bytes:
-    """What a connection returns for half a head, after the responses to whole requests.
+    """The response to half a head, after the responses to whole requests.
 
     On a busy machine the server may close the connection before the half arrives, as it closes an
     idle one, without a response: then another connection is tried.

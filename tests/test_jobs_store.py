@@ -423,7 +423,7 @@ def test_a_complete_result_is_not_given_up_because_its_row_does_not_fit(
         job = submitted(api, "/classify-pixels", files=files)
         assert waited(api, job)["status"] == "successful"
         assert result_of(api, job) == api.post("/classify-pixels", files=files).content
-        # What the run does not need any more was removed first, to make room.
+        # Files that the run no longer needs were removed first, to make room.
         assert tries == [("successful", ["input", "request.json", "result-1"])] * 2
         assert soon(lambda: leftovers(tmp_path / "state") == [])
 

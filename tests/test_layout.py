@@ -27,7 +27,7 @@ D1, D2, D3 = date(2021, 1, 5), date(2021, 1, 15), date(2021, 2, 4)
 
 
 def plane(band: str, t: int) -> np.ndarray:
-    """2 x 2 pixels that tell the band and the date: 1000 t + the band's code."""
+    """2 x 2 pixels whose value encodes band and date: 1000 t + the band's code."""
     value = 5 if band == "SCL" else 1000 * t + CODE.get(band, 99)
     return np.full((2, 2), value, dtype=np.uint16)
 

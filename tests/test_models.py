@@ -462,7 +462,7 @@ class TestSymmetries:
 
 class TestContrast:
     def test_brightness_of_a_patch_does_not_change_its_contrast(self) -> None:
-        """What the stem sees twice: as it is, and by numpy's mean and spread of each band."""
+        """The stem's input holds each band twice: scaled, and standardised by the patch."""
         patches = np.random.default_rng(0).uniform(0.05, 0.1, (2, 3, 64, 64)).astype(np.float32)
         for light in (patches, patches * 2.0, patches + 0.1):
             seen = stem_input(torch.from_numpy(light))

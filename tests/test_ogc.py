@@ -198,7 +198,7 @@ def links(folder: Path, files: Files) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def values(files: Files) -> list[dict[str, str]]:
-    """The files by value, which have no names to tell their dates."""
+    """The files by value, which have no names and so no dates."""
     return [
         {"value": base64.b64encode(content).decode(), "mediaType": "image/tiff"}
         for _, (_, content, _) in files
@@ -971,7 +971,7 @@ def test_req_core_job_results_failed(
 
 
 def test_req_core_test_process(api: httpx.Client) -> None:
-    """A process that can be executed with nothing but what its description says."""
+    """A process that can be executed from its description alone."""
     known = api.get("/processes/embed").json()["inputs"]["series"]["schema"]
     conforms(ENTRY, known)
     assert execute(api, "embed", inputs={"series": [ENTRY]}).json()["results"][0]["status"] == "ok"

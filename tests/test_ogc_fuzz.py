@@ -133,7 +133,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[http
 
 
 def check(answer: httpx.Response, what: str) -> None:
-    """A response is a result, or a problem that tells nothing of the inside."""
+    """A response is a result, or a problem that discloses no internals."""
     assert answer.status_code < 500, (what, answer.text)
     if answer.status_code < 400:
         return

@@ -1,4 +1,4 @@
-"""What operators see: access records, metrics, readiness; over a socket."""
+"""Monitoring by operators: access records, metrics, readiness; over a socket."""
 
 from __future__ import annotations
 
@@ -359,7 +359,7 @@ def test_a_server_is_not_ready_before_it_rejects_for_load(
             assert soon(lambda: sample(api, "pimc_run_slots_awaited") == 14)
             assert unready(api) == "15 of 16 queue slots are in use"
             assert api.get("/health/ready").headers["Retry-After"] == "5"
-            # What is sent nevertheless is still accepted.
+            # Requests that are sent nevertheless are still accepted.
             sent.append(pool.submit(embed, keys[7]))
             assert soon(lambda: sample(api, "pimc_run_slots_awaited") == 15)
         finally:

@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
     finally:
         run.wait()
     assert torch.load(tmp_path / CHECKPOINT, weights_only=True)["step"] == 3
-    # What the kill may have left after the checkpoint is made anew, not kept twice.
+    # Rows that the kill may have left after the checkpoint are replaced, not kept twice.
     with (tmp_path / LOG_FILE).open("a") as file:
         file.write("1")  # a row of step 10, say, cut after its first digit
     subprocess.run(call, cwd=ROOT, check=True, capture_output=True)

@@ -66,7 +66,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(zoo: Path, state: Path) -> Iterator[httpx.Client]:
-    """The service, as the page says to set it."""
+    """The service, with the settings of the page."""
     with served(
         model_dir=zoo,
         state_dir=state,

@@ -93,7 +93,7 @@ def driven(
     url: object, paths: list[Path], folder: Path, *, task: str, model: str = "", cancel: str = "",
     places: Path | None = None, chosen: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """What the dialog shows, and the layers that it has added.
+    """Texts of the dialog, and the layers that it has added.
 
     Args:
         url: address of the service.

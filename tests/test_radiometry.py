@@ -380,7 +380,7 @@ def test_numbers_from_a_date_on(tmp_path: Path) -> None:
     given = ((date(2021, 1, 1), -0.05), (date(2022, 1, 25), -0.1))
     stack = opened(seasons(tmp_path, late=1000), offset=given)
     assert offsets(stack) == [-0.05] * 3 + [-0.1] * 3
-    # Before the first date, what the files say counts.
+    # Before the first date, the numbers stated by the files count.
     stack = opened(seasons(tmp_path, late=1000), offset=given[1:])
     assert offsets(stack) == [0] * 3 + [-0.1] * 3
     undated = field(tmp_path / "scene.tif")
@@ -595,7 +595,7 @@ def test_one_file_that_is_too_bright_is_named(tmp_path: Path) -> None:
     (warning,) = found(opened(files))
     assert warning.code == "scale_suspected"
     assert warning.detail.startswith("'20210305.tif' (2021-03-05): a tenth of the clear values")
-    # A white sky is no unit.
+    # White clouds do not indicate another unit.
     files[2] = field(tmp_path / "20210305.tif", levels=(0.8, 0.8, 0.9))
     assert codes(opened(files)) == []
 

@@ -672,7 +672,7 @@ DATES = ["2021-03-01", "2021-05-01", "2021-07-01"]
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stack whose files tell neither their dates by name nor by tag."""
+    """A stack whose files have no date in their names or tags."""
     folder = tmp_path_factory.mktemp("scene")
     random = np.random.default_rng(3)
     for n in range(len(DATES)):
@@ -727,7 +727,7 @@ def test_a_stack_by_reference_gives_the_result_of_an_upload(
     )
     assert (sent.status_code, named.status_code) == (200, 200), named.text
     assert named.content == sent.content
-    # What lies under a root was read where it lies, and is still there.
+    # A file under a root was read in place, and still exists.
     assert sorted(path.name for path in scene.iterdir()) == ["a.tif", "b.tif", "c.tif"]
 
 

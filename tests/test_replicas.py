@@ -431,7 +431,7 @@ def test_a_job_outlives_its_replica(
         gate.hold(after=3)
         expire(shared)
         assert soon(lambda: 2 in windows(shared).values())
-        # What the first has kept is not done again.
+        # Windows that the first replica has stored are not computed again.
         now = windows(shared)
         assert {number: now[number] for number in kept} == kept
         # The second stalls, and a third takes the job from it.

@@ -49,7 +49,7 @@ def _schemas() -> dict[str, Path]:
 
 
 LOCAL = {address: str(path) for address, path in _schemas().items()}
-"""What stac-validator reads in place of addresses, so that it needs no network."""
+"""Files that stac-validator reads in place of addresses, so that it needs no network."""
 REGISTRY = Registry().with_resources(
     (address, Resource.from_contents(json.loads(path.read_text())))
     for address, path in _schemas().items()

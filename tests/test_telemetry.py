@@ -62,7 +62,7 @@ def client_of(app: Starlette) -> httpx.AsyncClient:
 
 @pytest.fixture
 def lines():
-    """What is logged meanwhile, each line parsed."""
+    """The lines logged meanwhile, parsed."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
@@ -213,6 +213,6 @@ def test_a_log_record_is_bounded_whatever_a_client_sent() -> None:
 def test_the_servers_own_log_is_json_too() -> None:
     config = log_config("warning")
     assert config["root"] == {"level": "WARNING", "handlers": ["stderr"]}
-    # No handler of its own, so what uvicorn says goes the same way.
+    # No handler of its own, so messages of uvicorn take the same way.
     assert all("handlers" not in logger for logger in config["loggers"].values())
     logging.config.DictConfigurator(config)  # what dictConfig would refuse, this refuses

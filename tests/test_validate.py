@@ -83,7 +83,7 @@ POINTS = {"type": "FeatureCollection", "features": [POINT] * 3}
 
 
 class Actual:
-    """What runs do: bytes of the windows read, and memory taken at once."""
+    """Measurements of runs: bytes of the windows read, and memory taken at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read = 0

@@ -245,7 +245,7 @@ def test_a_stack_across_the_change_of_baseline_gives_a_warning(
     response = api.post("/embed", files=stack(tmp_path, values, when), data=given)
     assert warned(response) == set()
     same(raster(response)[0], expected(values * 1e-4))
-    # Each file says its own offset: nothing is odd, and the values are right.
+    # Each file states its own offset: the values are right.
     files = []
     for number, day in enumerate(when):
         tags = {"offsets": (-0.1,) * 3, "scales": (1e-4,) * 3} if late[number] else {}

@@ -180,7 +180,7 @@ class Fleet:
 
 
 def ready(api: httpx.Client) -> dict[str, Any]:
-    """What readiness says of the cluster."""
+    """The member `cluster` of the readiness response."""
     response = api.get("/health/ready")
     assert response.status_code == 200, response.text
     return dict(response.json()["cluster"])

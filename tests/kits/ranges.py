@@ -35,7 +35,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that closed a connection is no error of the test."""
+        """A client that closes a connection does not fail the test."""
 
 
 @contextmanager

@@ -299,7 +299,7 @@ class Catalogue(BaseCoreClient):
     page: int = attr.ib(default=100)
     """Most items of one page, whatever limit is requested."""
     searches: list[Mapping[str, Any]] = attr.ib(factory=list)
-    """What was searched for, page by page."""
+    """The search parameters, page by page."""
 
     def post_search(self, search_request: Any, **kwargs: Any) -> dict[str, Any]:
         search = search_request
