@@ -146,12 +146,50 @@ def qgis_style(legend: Iterable[LegendClass]) -> str:
         'alpha="255"/>'
         for c in legend
     )
-    return (
-        "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
-        '<qgis version="3.22" styleCategories="Symbology"><pipe>'
+    return _style(
         '<rasterrenderer type="paletted" band="1" opacity="1" alphaBand="-1" nodataColor="">'
         f"<colorPalette>{entries}</colorPalette></rasterrenderer>"
-        "</pipe><blendMode>0</blendMode></qgis>\n"
+    )
+
+
+_LIMITS: Mapping[str, tuple[float, float]] = {
+    "forecast": (-0.1, 0.9),
+    "probabilities": (0.0, 1.0),
+    "attribution": (-0.25, 0.25),
+    "embedding": (-1.0, 1.0),
+}
+"""Rasters of several bands, and the values that a style shows them between."""
+_RAMP = ("#8c510a", "#dfc27d", "#f6e8c3", "#80cd66", "#1a7a2e")
+
+
+def qgis_ramp(low: float, high: float) -> str:
+    """The QGIS style (QML) of a raster's first band as colours, for QGIS 3.22 and later.
+
+    Without a style, QGIS shows the first three bands of any raster as red, green and blue.
+
+    Args:
+        low: value of the first colour.
+        high: value of the last colour.
+    """
+    stops = [low + (high - low) * n / (len(_RAMP) - 1) for n in range(len(_RAMP))]
+    items = "".join(
+        f'<item value="{stop:.6g}" label="{stop:.3g}" color="{color}" alpha="255"/>'
+        for stop, color in zip(stops, _RAMP, strict=True)
+    )
+    return _style(
+        '<rasterrenderer type="singlebandpseudocolor" band="1" opacity="1" alphaBand="-1" '
+        f'nodataColor="" classificationMin="{low:.6g}" classificationMax="{high:.6g}">'
+        '<rastershader><colorrampshader colorRampType="INTERPOLATED" classificationMode="1" '
+        f'minimumValue="{low:.6g}" maximumValue="{high:.6g}" clip="0" labelPrecision="3">'
+        f"{items}</colorrampshader></rastershader></rasterrenderer>"
+    )
+
+
+def _style(renderer: str) -> str:
+    return (
+        "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
+        f'<qgis version="3.22" styleCategories="Symbology"><pipe>{renderer}</pipe>'
+        "<blendMode>0</blendMode></qgis>\n"
     )
 
 
@@ -232,7 +270,8 @@ class Raster(_Result):
         """Write the file; an existing file is replaced only by a complete one.
 
         Beside a class map lies a style of the same name (`.qml`), from which QGIS takes the names
-        and colours of the classes; an existing style is kept.
+        and colours of the classes, and beside a raster of several bands one that shows the first of
+        them and not three as a picture. An existing style is kept.
         """
         target = Path(path)
         part = target.with_name(f"{target.name}.part")
@@ -242,10 +281,16 @@ class Raster(_Result):
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
-        style = target.with_suffix(".qml")
-        if self.legend and self.header.count == 1 and not style.exists():
-            style.write_text(qgis_style(self.legend.values()), encoding="utf-8")
+        style, text = target.with_suffix(".qml"), self._qgis_style()
+        if text and not style.exists():
+            style.write_text(text, encoding="utf-8")
         return target
+
+    def _qgis_style(self) -> str | None:
+        """The style to write beside the file; None for one that QGIS shows well without."""
+        if self.header.count > 1:
+            return qgis_ramp(*_LIMITS.get(self.name, (0.0, 1.0)))
+        return qgis_style(self.legend.values()) if self.legend else None
 
     def to_xarray(self) -> xarray.DataArray:
         """The pixels as an `xarray.DataArray`.

@@ -107,6 +107,18 @@ def test_a_class_map_is_saved_with_the_style_of_qgis(kind, tmp_path):
 
 
 @KINDS
+def test_a_forecast_is_saved_with_a_style_that_shows_one_band(kind, tmp_path):
+    names = [f"NDVI_2021-11-05_{q}" for q in ("q10", "q50", "q90")]
+    content = cog(np.ones((3, 5, 6), np.float32), descriptions=names, nodata=math.nan)
+    request(kind, "forecast", content).save(tmp_path / "forecast.tif")
+    style = ET.fromstring((tmp_path / "forecast.qml").read_text())  # noqa: S314 - ours
+    (renderer,) = style.iter("rasterrenderer")
+    assert (renderer.get("type"), renderer.get("band")) == ("singlebandpseudocolor", "1")
+    stops = [float(item.get("value")) for item in renderer.iter("item")]
+    assert (stops[0], stops[-1], stops) == (-0.1, 0.9, sorted(stops))
+
+
+@KINDS
 def test_every_result_states_model_provider_times_and_warnings(kind):
     raster = request(kind, "classify_pixels", classes())
     assert raster.model == "pixels-landcover@1.0.0"
