@@ -112,6 +112,21 @@ def test_a_job_that_is_held_is_nobody_elses(
     assert one.take() is None
 
 
+def test_a_job_that_waits_for_a_host_rests_at_every_replica(
+    two: tuple[JobStore, JobStore], plan: Plan, shared: Backend, tmp_path: Path
+) -> None:
+    one, other = two
+    one.accept(plan, tmp_path, owner="anna")
+    one.put_back(taken(one), counts=True, rest=WEEK)
+    second = one.accept(plan, tmp_path, owner="ben")
+    running = taken(other)
+    assert running.id == second.id
+    assert [store.take() for store in two] == [None, None]
+    assert not other.others_wait(running)  # it could not start if this one made way
+    expire(shared)
+    assert taken(other).attempts == 2
+
+
 def test_a_run_that_lost_its_lease_changes_nothing(
     two: tuple[JobStore, JobStore], plan: Plan, shared: Backend, tmp_path: Path
 ) -> None:

@@ -383,7 +383,7 @@ class JobRunner:
         _LOG.warning("job waits for a host", extra={"reason": error.detail, "seconds": seconds})
         with self._wakeup:
             self._resting[job.number] = time.monotonic() + seconds
-        self._record(lambda: self._store.put_back(job, counts=True))
+        self._record(lambda: self._store.put_back(job, counts=True, rest=seconds))
 
     def _fail(self, job: Job, error: Exception) -> None:
         problem = error if isinstance(error, PIMCError) else no_room(error)

@@ -38,7 +38,7 @@ CREATE TABLE jobs (
     bytes BIGINT NOT NULL DEFAULT 0,  -- size of the job's files
     subscriber TEXT,  -- addresses that the job calls, JSON
     lease INTEGER NOT NULL DEFAULT 0,  -- number of times that it was taken
-    expires DOUBLE PRECISION,  -- end of the lease, null once its files are in order
+    expires DOUBLE PRECISION,  -- end of the lease or of a rest, null once its files are in order
     UNIQUE (owner, idempotency_key)
 );
 CREATE INDEX by_status ON jobs (status);

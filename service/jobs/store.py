@@ -127,7 +127,8 @@ _CLAIM_SECONDS = 60.0
 """Seconds in which a replica sends a callback before another may send it."""
 _WAITS = """
 SELECT 1 FROM jobs
-WHERE (status = 'accepted' AND number NOT IN ({resting})) OR (status = 'running' AND {expired})
+WHERE (status = 'accepted' AND NOT {rests} AND number NOT IN ({resting}))
+OR (status = 'running' AND {expired})
 LIMIT 1
 """
 _GIVE_UP = "UPDATE jobs SET status = 'accepted' WHERE status = 'running' AND {expired}"
@@ -137,7 +138,7 @@ UPDATE jobs SET
     lease = lease + 1, expires = {now} + ?
 WHERE number = (
     SELECT min(number) FROM jobs LEFT JOIN turns USING (caller)
-    WHERE status = 'accepted' AND number NOT IN ({resting})
+    WHERE status = 'accepted' AND NOT {rests} AND number NOT IN ({resting})
     GROUP BY caller
     ORDER BY
         (SELECT count(*) FROM jobs AS o WHERE o.caller = jobs.caller AND o.status = 'running'),
@@ -150,7 +151,7 @@ WHERE number = (
 
 _OTHERS_WAIT = """
 SELECT 1 FROM jobs AS waiting
-WHERE status = 'accepted' AND caller != ?
+WHERE status = 'accepted' AND NOT {rests} AND caller != ?
 AND (SELECT count(*) FROM jobs AS o WHERE o.caller = waiting.caller AND o.status = 'running')
     < (SELECT count(*) FROM jobs AS o WHERE o.caller = ? AND o.status = 'running')
 LIMIT 1
@@ -1099,20 +1100,22 @@ class JobStore:
         current = self._first_job("SELECT * FROM jobs WHERE number = ?", job.number)
         return 0 if current is None else current.attempts
 
-    def put_back(self, job: Job, *, counts: bool = False) -> None:
+    def put_back(self, job: Job, *, counts: bool = False, rest: float = 0.0) -> None:
         """Return a running job to the queue; of its run only the finished windows are kept.
 
         Args:
             job: the job.
             counts: whether the run stays among the job's attempts.
+            rest: seconds in which no replica starts the job, by the database's clock; SQLite, which
+                one service uses, leaves them to its caller.
         """
         remove(self.work(job))
         with self._db.transaction() as db:
             db.execute(
-                "UPDATE jobs SET status = 'accepted', updated = ?, "
+                "UPDATE jobs SET status = 'accepted', updated = ?, expires = {now} + ?, "
                 "attempts = CASE WHEN ? THEN attempts ELSE 0 END "
                 "WHERE number = ? AND lease = ? AND status = 'running'",
-                (time.time(), counts, job.number, job.lease),
+                (time.time(), rest, counts, job.number, job.lease),
             )
 
     def work(self, job: Job) -> Path:
