@@ -376,6 +376,19 @@ def test_tags_may_say_that_there_is_no_offset(tmp_path: Path, tags: dict) -> Non
     assert (codes(stack), offsets(stack)) == ([], [0] * 3)
 
 
+@pytest.mark.parametrize(
+    "tags",
+    [{"earthsearch:boa_offset_applied": "true"}, {"PROCESSING_BASELINE": "02.09"}],
+)
+def test_pixels_that_contradict_such_a_tag_are_named(tmp_path: Path, tags: dict) -> None:
+    files = [field(tmp_path / f"{day}.tif", add=1000, tags=tags) for day in AFTER]
+    stack = opened(files)
+    (warning,) = found(stack)
+    assert (warning.code, offsets(stack)) == ("baseline_offset_suspected", [0] * 3)
+    assert "give offset=-0.1 if they do" in warning.detail
+    assert codes(opened(files, offset=0.0)) == []
+
+
 def test_numbers_from_a_date_on(tmp_path: Path) -> None:
     given = ((date(2021, 1, 1), -0.05), (date(2022, 1, 25), -0.1))
     stack = opened(seasons(tmp_path, late=1000), offset=given)

@@ -73,6 +73,8 @@ _LEAST_RISE = 0.05
 # bright, the offset is the likely reason.
 _SHARE_OF_RAISED = 0.3
 _BRIGHT_IN_ITSELF = 0.3
+_STATEMENTS = ("the tag", "processing baseline")
+"""Beginnings of the sources by which a file states that its values hold no offset."""
 _MANY_DATES = 3
 _MANY_PIXELS = 10_000
 _LARGEST_UINT8 = 255
@@ -206,6 +208,7 @@ def calibrate(
     for correct in (_fill, _scaled_already, _not_in_the_pixels, _unstated_offset):
         sample, more = correct(sample)
         warnings += more
+    warnings += _denied_offset(sample)
     if sample.valid.any():
         values = sample.values()
         clear = values.transpose(0, 2, 1)[sample.valid]
@@ -492,6 +495,36 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             )
             warnings.append(StackWarning(code="baseline_offset_suspected", detail=detail))
     return sample, warnings
+
+
+def _denied_offset(sample: _Sample) -> Iterator[StackWarning]:
+    """Warn of dates that look as with Sentinel-2's offset though their files state the contrary.
+
+    The statement counts, because haze on every date is possible; a few dates are not judged.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for t, (plane, *_) in enumerate(sample.planes):
+        source = plane.offset_source or ""
+        # Neither the request's 0, nor that of other sensors, nor what the pixels showed.
+        if source.startswith(_STATEMENTS) and plane.offset == 0:
+            groups[source].append(t)
+    bands = _dark_bands(sample)
+    if not groups or len(bands) < 2:
+        return
+    dark = _percentiles(sample, _DARK_PERCENTILE)[0]
+    for source, ts in groups.items():
+        known = [t for t in ts if np.isfinite(dark[t]).all()]
+        raised = [t for t in known if (dark[t] <= _STILL_DARK).all()]
+        low = any((dark[t] < _NO_LONGER_DARK).any() for t in known)
+        if low or len(raised) < max(_MANY_DATES, _SHARE_OF_DATES * len(known)):
+            continue
+        yield StackWarning(
+            code="baseline_offset_suspected",
+            detail=f"the dark end of {' and '.join(sample.bands[c] for c in bands)} is at least "
+            f"{float(dark[raised].min()):.2f} on {sample.when(known)}, as with Sentinel-2's offset "
+            f"of -0.1, but {source} states that {sample.names(known)} do not hold it, "
+            "so it is not applied: give offset=-0.1 if they do, or offset=0 to confirm",
+        )
 
 
 def _near(sample: _Sample, t: int, without: Sequence[int]) -> list[int]:
