@@ -88,31 +88,17 @@ class Admitted:
         self._rooms[in_memory].take(self.caller, count)
         self._taken[in_memory] += count
 
-    def reserve(self, count: int) -> None:
-        """Reserve memory for parsing the body and for what is parsed, until the request ends.
+    def reserve(self, count: int, *, in_memory: bool = True) -> None:
+        """Reserve space for what the body is parsed or unpacked to, until the request ends.
 
         Args:
             count: number of bytes.
+            in_memory: whether they are in memory; else they are on disk.
 
         Raises:
             BodyTooLarge: one caller may never use so much.
             Overloaded: the bytes exceed the space that is left.
         """
-        self._reserve(count, in_memory=True)
-
-    def reserve_disk(self, count: int) -> None:
-        """Reserve space for what the body is unpacked to, until the request ends.
-
-        Args:
-            count: number of bytes.
-
-        Raises:
-            BodyTooLarge: one caller may never use so much.
-            Overloaded: the bytes exceed the space that is left.
-        """
-        self._reserve(count, in_memory=False)
-
-    def _reserve(self, count: int, *, in_memory: bool) -> None:
         self._rooms[in_memory].take(self.caller, count, held=self._taken[in_memory])
         self._taken[in_memory] += count
 

@@ -112,7 +112,7 @@ _WAVELENGTH = re.compile(
     re.IGNORECASE,
 )
 # The centres of the bands of Sentinel-2 A to D, nm. No range has a band of Landsat's in the colours
-# that models take; other sensors with bands in them are told by their names.
+# that models take; other sensors with bands in these ranges are recognised by their names.
 _CENTRES: Mapping[str, tuple[float, float]] = {
     "B01": (442, 444.5),
     "B02": (489, 497.5),

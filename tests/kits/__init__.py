@@ -4,4 +4,4 @@ import sys
 
 # Moto needs boto3, which rasterio uses where it finds it: to make a session takes 15 ms in each
 # call of rasterio while there are credentials for S3. The images have no boto3.
-sys.modules.setdefault("boto3", None)  # type: ignore[arg-type]
+sys.modules.setdefault("boto3", None)  # type: ignore[arg-type]  # None: cannot be imported

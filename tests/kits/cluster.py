@@ -71,7 +71,7 @@ class DaskCluster:
 
         Args:
             version: version of the project that it claims to have; empty for its own.
-            int8: whether its processor is said to multiply int8, whatever this one does.
+            int8: whether it runs as if its processor had instructions for int8.
             held_after: number of windows of the held model that it computes before its gate holds
                 the next; -1 for an open gate.
             variables: environment in addition to that of all workers.

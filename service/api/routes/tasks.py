@@ -459,7 +459,7 @@ async def unpacked(
     """
     most = app.settings.max_body_bytes
     size = await to_thread.run_sync(partial(unpacked_bytes, files, max_bytes=most))
-    admitted.reserve_disk(size)
+    admitted.reserve(size, in_memory=False)
     work = partial(
         unpack,
         files,
