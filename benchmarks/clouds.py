@@ -27,8 +27,8 @@ from sklearn.preprocessing import StandardScaler
 from benchmarks.serving import served
 from models.registry import ZOO
 from service.read import clouds
+from service.read.dates import date_of
 from service.read.masks import scl as clear_by_scl
-from service.read.metadata import date_of
 
 Weights = Mapping[str, float]
 CLOUD_INPUTS = ("blue", "ndvi", "colour", "blue_gain")

@@ -6,17 +6,8 @@ from datetime import date
 
 import pytest
 
-from service.read.metadata import (
-    band_of,
-    date_of,
-    named_days,
-    quality_of,
-    stem,
-    tagged_band,
-    tagged_date,
-    tagged_number,
-    unclear_date,
-)
+from service.read.band_names import band_of, quality_of, stem, tagged_band, tagged_number
+from service.read.dates import date_of, named_days, tagged_date, unclear_date
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,21 @@ from dataclasses import dataclass, replace
 from datetime import date
 
 from service.errors import InvalidRequest, MissingBands, MissingDates, StackWarning, first_names
+from service.read.band_names import (
+    ALPHA,
+    CLOUD,
+    PRODUCT_BANDS,
+    PRODUCT_COUNTS,
+    QA60,
+    QUALITY,
+    TWINS,
+    band_of,
+    quality_of,
+    stem,
+)
 from service.read.clouds import BANDS as CLOUD_BANDS
 from service.read.clouds import MIN_DATES
+from service.read.dates import unclear_date
 from service.read.geotiff import Header
 from service.read.layouts import (
     BandAssignment,
@@ -33,19 +46,6 @@ from service.read.masks import (
     QA60_EMPTY,
     MaskRule,
     parse_mask,
-)
-from service.read.metadata import (
-    ALPHA,
-    CLOUD,
-    PRODUCT_BANDS,
-    PRODUCT_COUNTS,
-    QA60,
-    QUALITY,
-    TWINS,
-    band_of,
-    quality_of,
-    stem,
-    unclear_date,
 )
 
 _NAMED_AT_MOST = 5

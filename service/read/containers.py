@@ -24,9 +24,9 @@ from typing import IO, Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 from service.errors import BodyTooLarge, Cancelled, InvalidRequest, NotAGeoTIFF, StackWarning, shown
+from service.read.band_names import band_of, quality_of, stem
 from service.read.geotiff import Georeference, Header, SourceFile, label
 from service.read.jp2_guard import SIGNATURE
-from service.read.metadata import band_of, quality_of, stem
 from service.read.sensors import ITEM_BAND
 from service.read.stac import (
     AssetBand,

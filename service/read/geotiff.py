@@ -539,6 +539,13 @@ def _lower(tags: Mapping[str, str]) -> dict[str, str]:
     return {key.lower(): value for key, value in tags.items() if len(value) <= _TAG_LENGTH}
 
 
+def with_full_name(item: tuple[str, str]) -> tuple[str, str]:
+    """A tag with its complete name: GDAL cuts the name of `s2:processing_baseline=04.00` at `:`."""
+    key, value = item
+    name, equals, rest = value.partition("=")
+    return (f"{key}:{name}".lower(), rest) if equals and name.isidentifier() else item
+
+
 _NAME_LENGTH = 250
 _FOLDERS = 6
 # Control characters, and halves of characters, which UTF-8 cannot express.

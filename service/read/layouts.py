@@ -14,8 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from service.errors import InvalidRequest, MissingBands, MissingDates
-from service.read.geotiff import Header
-from service.read.metadata import (
+from service.read.band_names import (
     ALPHA,
     CLASSI,
     CLASSI_BANDS,
@@ -23,20 +22,17 @@ from service.read.metadata import (
     PRODUCT_COUNTS,
     QUALITY,
     UDM2,
-    WRITING_TAG,
     band_of,
     calls_itself_alpha,
-    date_of,
-    date_text,
     ends_as_alpha,
     is_broad_nir,
-    named_days,
     product_bands,
     quality_of,
     stem,
     tagged_band,
-    tagged_date,
 )
+from service.read.dates import WRITING_TAG, date_of, date_text, named_days, tagged_date
+from service.read.geotiff import Header
 from service.read.reflectance import DatedNumber
 
 Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "single-file"]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import InvalidRequest, shown
-from service.read.metadata import (
+from service.read.band_names import (
     CFMASK,
     CLASSI,
     CLASSI_BANDS,

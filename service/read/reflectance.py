@@ -15,8 +15,8 @@ from datetime import date
 import numpy as np
 
 from service.errors import InvalidRequest
-from service.read.geotiff import Header
-from service.read.metadata import tagged_number, with_full_name
+from service.read.band_names import tagged_number
+from service.read.geotiff import Header, with_full_name
 from service.read.sensors import Sensor
 
 DatedNumber = float | tuple[tuple[date | str, float], ...]

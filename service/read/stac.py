@@ -20,8 +20,8 @@ from rasterio.crs import CRS
 
 from service.errors import InvalidRequest, MissingBands, first_names, shown
 from service.grid import CRSError, crs_of
+from service.read.band_names import CLDPRB, CLOUD, TWINS, band_of, quality_of
 from service.read.masks import AUTO, MaskRule
-from service.read.metadata import CLDPRB, CLOUD, TWINS, band_of, quality_of
 from service.read.sensors import band_number, sensor_named
 
 Document = Mapping[str, Any]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from service.errors import InvalidRequest, MissingBands, RasterTooLarge, StackWarning
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
+from service.read.band_names import ALPHA
 from service.read.containers import ignored_offsets, split_products, with_product
 from service.read.geotiff import (
     Driver,
@@ -35,7 +36,6 @@ from service.read.geotiff import (
 )
 from service.read.layouts import Layout, StackOptions
 from service.read.masks import ALPHA_RULE, Decoder, MaskRule, alpha
-from service.read.metadata import ALPHA
 from service.read.placement import AS_IT_LIES, Place, Position, Resampling, place_files
 from service.read.reflectance import (
     INTEGER_SCALE,

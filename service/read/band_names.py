@@ -1,0 +1,349 @@
+"""Band names in descriptions, tags and names of files.
+
+Each function takes text and returns a canonical name; None if the text contains none or several
+different ones. This module opens no file.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import pairwise
+
+SCL = "SCL"
+"""The scene classification band of Sentinel-2 level 2A."""
+FMASK, QA_PIXEL, CLM, QAI, UDM2 = "FMASK", "QA_PIXEL", "CLM", "QAI", "UDM2"
+CLOUD, CLDPRB, QA60 = "CLOUD", "CLDPRB", "QA60"
+CFMASK, PIXEL_QA, UDM, S2CLOUDLESS = "CFMASK", "PIXEL_QA", "UDM", "S2CLOUDLESS"
+CLOUD_SCORE, CLP, CLOUD_PROBABILITY, SNWPRB = "CS", "CLP", "CLOUD_PROBABILITY", "SNWPRB"
+CLASSI, CLASSI_CIRRUS, CLASSI_SNOW = "MSK_CLASSI", "MSK_CLASSI_CIRRUS", "MSK_CLASSI_SNOW"
+VALID, CLOUD_MASK = "VALID", "CLOUD_MASK"
+"""Canonical names of other providers' quality bands; `masks` decodes them."""
+CLASSI_BANDS = (CLASSI, CLASSI_CIRRUS, CLASSI_SNOW)
+"""The bands of a product's file MSK_CLASSI_B00, in their order: opaque clouds, cirrus, snow."""
+ALPHA = "ALPHA"
+"""An alpha band, or Sentinel Hub's dataMask: zero means missing."""
+QUALITY = frozenset(
+    {SCL, FMASK, CFMASK, QA_PIXEL, PIXEL_QA, CLM, QAI, UDM2, UDM, S2CLOUDLESS, CLOUD_SCORE, CLP}
+    | {CLOUD, CLDPRB, CLOUD_PROBABILITY, SNWPRB, QA60, *CLASSI_BANDS, VALID, CLOUD_MASK}
+)
+"""All bands from which a cloud mask can be decoded."""
+TWINS: Mapping[str, str] = {"B08": "B8A"}
+"""Band name to the narrower band of similar wavelength that may replace it."""
+# Level 1C has 13 bands, level 2A the same without B10. Two orders are in use: B8A right after B08,
+# and B8A last (EuroSAT). The first eight bands, which include B02, B03, B04 and B08, have the same
+# positions in both; only these are used.
+PRODUCT_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08")
+PRODUCT_COUNTS = frozenset({12, 13})
+"""Numbers of bands of a whole Sentinel-2 product."""
+# sen2r writes all bands of a product but one near infrared: B08 at 10 m, and B8A, which is coarser,
+# in its place at 20 and 60 m (sen2r, "Output structure and naming convention").
+_SEN2R = re.compile(r"S2[A-D](?P<level>1C|2A)_\d{8}_\d{3}_[^_]*_(?:TOA|BOA)_(?P<size>\d\d)$")
+_SEN2R_COUNTS: Mapping[str, int] = {"1C": 12, "2A": 11}
+_PHRASES: Mapping[tuple[str, ...], str] = {
+    tuple(phrase.split()): band
+    for band, phrases in {
+        "B01": "coastal aerosol|coastal|aerosol|ultra blue",
+        "B02": "blue",
+        "B03": "green",
+        "B04": "red",
+        # A red edge band without a number is B05; the important point is that it is not red.
+        "B05": "red edge 1|rededge 1|rededge1|red edge1|red edge|rededge|re1",
+        "B06": "red edge 2|rededge 2|rededge2|red edge2|re2",
+        "B07": "red edge 3|rededge 3|rededge3|red edge3|re3",
+        "B08": "nir|near infrared|near infra red|nir1|nir 1|broadnir|broad nir",
+        "B8A": "nir08|nir narrow|narrow nir|nir2|nir 2|nirn|red edge 4|rededge 4|rededge4|re4"
+        "|narrow near infrared|near infrared narrow",
+        "B09": "nir09|water vapour|water vapor",
+        "B10": "cirrus|swir cirrus",
+        "B11": "swir|swir 1|swir1|swir16|short wave infrared 1|shortwave infrared 1"
+        "|short wave infrared|shortwave infrared",
+        "B12": "swir 2|swir2|swir22|short wave infrared 2|shortwave infrared 2",
+        SCL: "scl|scene classification|scene classification map|scene classification layer"
+        "|sceneclassification",  # Terrascope
+    }.items()
+    for phrase in phrases.split("|")
+}
+_LONGEST_PHRASE = max(map(len, _PHRASES))
+# Colours in other languages, without accents. Some are parts of place names (Cabo Verde, Baton
+# Rouge) or other words (vert, rot), so they name a band only if the text has no other word, except
+# those of `_BESIDE`.
+_FOREIGN: Mapping[tuple[str, ...], str] = {
+    tuple(phrase.split()): band
+    for band, phrases in {
+        "B02": "bleu|bleue|blau|azul|blu|blauw|niebieski|bla|sininen|modra|mavi|kek"
+        "|синии|蓝|蓝光|蓝波段|青",
+        "B03": "vert|verte|grun|gruen|verde|groen|zielony|gron|vihrea|zelena|yesil|zold"
+        "|зеленыи|绿|绿光|绿波段|緑",
+        "B04": "rouge|roja|rossa|rot|rojo|rosso|vermelho|rood|czerwony|rod|punainen|cervena|kirmizi"
+        "|piros|красныи|红|红光|红波段|赤",
+        "B08": "proche infrarouge|nahes infrarot|naher infrarot|infrarrojo cercano"
+        "|infrarosso vicino|vicino infrarosso|infravermelho proximo|nabij infrarood"
+        "|bliska podczerwien|pir|ближнии ик|近红外|近红外波段|近赤外",
+    }.items()
+    for phrase in phrases.split("|")
+}
+# Words that may accompany a foreign colour: "Bande rouge", "Kanal 4 (rot)", "s2 rojo 10m".
+_BESIDE = re.compile(
+    r"bands?|band[ae]s?|bandet|kanal|canal|canale|pasmo|couleur|s2|s2[abc]|sentinel2?|l2a|l1c"
+    r"|msi|boa|toa|reflectan\w*|reflekt\w*|r?[126]0m|\d+|t?\d\d[a-z]{3}|\d{8}t\d{6}"
+)
+# Bands whose names may occur in one text without contradiction: "B8A - NIR", "B06 red edge".
+_FAMILIES = (
+    frozenset({"B05", "B06", "B07"}),
+    frozenset({"B07", "B08", "B8A", "B09"}),
+    frozenset({"B10", "B11", "B12"}),
+)
+# Text with one of these words names a product that was computed from bands, not a band.
+_NOT_A_BAND = re.compile(
+    r"ndvi|evi2?|m?savi|m?ndwi|ndmi|nbr|ndre|gndvi|index|ratio|labels?|std(ev|dev)?|sd|var"
+    r"|variance|sigma|uncertainty|error|count|quality|qa|doy|masks?|msk"
+    # Reflectance of water (ACOLITE, C2RCC), which is not that of the surface.
+    r"|rrs|rhown?|nlw"
+)
+# ACOLITE's rhos_492 (surface) and rhot_492 (top of the atmosphere), or any number with its unit.
+_WAVELENGTH = re.compile(
+    r"(?<![a-z])rho[st][ _](\d{3,4})(?!\d)"
+    r"|(?<![\d.])(\d{3,4}(?:\.\d+)?)[ _]?n(?:m|anomet\w*)(?![a-z])",
+    re.IGNORECASE,
+)
+# The centres of the bands of Sentinel-2 A to D, nm. No range has a band of Landsat's in the colours
+# that models take; other sensors with bands in these ranges are recognised by their names.
+_CENTRES: Mapping[str, tuple[float, float]] = {
+    "B01": (442, 444.5),
+    "B02": (489, 497.5),
+    "B03": (558.5, 561.5),
+    "B04": (664, 667.5),
+    "B05": (703, 707.5),
+    "B06": (738.5, 742),
+    "B07": (779, 786),
+    "B08": (832, 843),
+    "B8A": (863.5, 866.5),
+    "B09": (943, 946),
+    "B10": (1372, 1377.5),
+    "B11": (1609, 1615),
+    "B12": (2185, 2203),
+}
+_CODE = re.compile(r"b(?:and|anda|ande)?0?([1-9]|1[0-2]|8a)")
+_BAND_WORD = re.compile(r"b(?:and|anda|ande)")
+_NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
+# Names of quality bands as whole words, in order of precedence. Words that occur in other names too
+# must end the name; "cloud" (of sits) may be followed by a date, and before "probability" (of Earth
+# Engine) may be dates and tiles.
+_QUALITY_WORDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (band, re.compile(rf"(?:^| )(?:{words})(?= |$)"))
+    for band, words in (
+        # SNAP names the layers of a product quality_scene_classification and so on.
+        (SCL, "(?:scl|scene ?classification) mask|quality scene classification$"),
+        (QA60, "qa60"),
+        (CLOUD_PROBABILITY, "s2cloudless prob(?:ability)?"),
+        (S2CLOUDLESS, "s2cloudless mask"),
+        (CLDPRB, "cldprb|cld prb|cloud ?prob(?:ability)?|cld|quality cloud confidence$"),
+        (SNWPRB, "snwprb|snw|quality snow confidence$"),
+        (CLASSI_CIRRUS, "msk classi cirrus"),
+        (CLASSI_SNOW, "msk classi snow(?: ice)?"),
+        (CLASSI, "msk classi"),
+        (CFMASK, "cfmask|fmask4"),
+        (FMASK, r"fmask|hls .*v1 \d qa$"),
+        (QA_PIXEL, "qa pixel|pixel quality"),
+        (PIXEL_QA, "pixel qa"),
+        (CLM, "clm"),
+        (CLP, "clp"),
+        (QAI, "qai"),
+        (UDM2, "udm2"),
+        (UDM, "(?:dn )?udm1?"),
+        (CLOUD_SCORE, "cs cdf|cs$"),
+        (CLOUD_MASK, "cloud ?masks?|clouds|mask clouds?|cloudandcloudshadowmask"),
+        (VALID, "(?:valid|clear|usable)(?: ?(?:mask|pixels?))?$"),
+        (CLOUD, r"cloud(?= \d|$)"),
+        (CLOUD_PROBABILITY, r"(?:^(?:\S*\d\S* )*)probability$"),
+    )
+)
+_PERHAPS_QUALITY = re.compile(
+    r"qa|quality|cl|mask|udm|cs|prob|snw|classi|valid|usable", re.IGNORECASE
+)
+_ALPHA = re.compile(r"alpha|data ?mask|opacity", re.IGNORECASE)
+_DATA_MASK = re.compile(r"(?:^|[^a-z])data_?mask$", re.IGNORECASE)
+_WORD = re.compile(r"[^\W_]+")
+_USUAL_LENGTH = 100
+_SUFFIX = re.compile(r"\.(?:tiff?|jp2|j2k|img|vrt|nc|zip)$", re.IGNORECASE)
+# openEO's back-ends write DESCRIPTION.
+_NAME_TAGS = (
+    "name",
+    "band_name",
+    "bandname",
+    "description",
+    "long_name",
+    "common_name",
+    "standard_name",
+)
+
+# ENVI's headers, and GDAL's domain IMAGERY. Numbers below the limit are micrometres, else nm.
+_CENTRE_TAGS = ("wavelength", "central_wavelength", "center_wavelength", "central_wavelength_um")
+_MOST_MICROMETRES = 20.0
+
+
+def band_of(text: str | None) -> str | None:
+    """The Sentinel-2 band that a text names.
+
+    Args:
+        text: a description, a tag or a file's stem, such as `B02`, `b2`, `B08 - NIR`, `blue`,
+            `T31UES_20180521T105416_B04_10m`.
+
+    Returns:
+        B01 to B12, B8A or SCL; None if the text names no band or several, or contradicts itself.
+    """
+    if not text:
+        return None
+    # The bands of a stack mostly repeat a few names. Long texts are not cached, to save memory.
+    return _usual_band(text) if len(text) <= _USUAL_LENGTH else _band(text)
+
+
+def _words(text: str) -> list[str]:
+    """Words and numbers of a text, in lower case and without accents."""
+    plain = unicodedata.normalize("NFKD", text.lower()) if not text.isascii() else text.lower()
+    return _WORD.findall("".join(c for c in plain if not unicodedata.combining(c)))
+
+
+def _band(text: str) -> str | None:
+    words = _words(text)
+    if any(_NOT_A_BAND.fullmatch(word) for word in words):
+        return None
+    # Digital Earth Australia counts the short-wave bands of Sentinel-2 from the cirrus band on.
+    if "nbart" in words and any(word.startswith("s2") for word in words):
+        joined = " ".join(words)
+        if "swir 2" in joined or "swir 3" in joined:
+            return "B11" if "swir 2" in joined else "B12"
+    codes = {_canonical(match[1]) for word in words if (match := _CODE.fullmatch(word))}
+    # "Band 4", "band_4": the number is a word of its own.
+    codes |= {
+        _canonical(number[1])
+        for word, following in pairwise(words)
+        if _BAND_WORD.fullmatch(word) and (number := _NUMBER.fullmatch(following))
+    }
+    named = _phrases(words) or _foreign(words)
+    named |= {band for match in _WAVELENGTH.finditer(text) if (band := _at(match[1] or match[2]))}
+    if len(codes) > 1 or (not codes and len(named) != 1):
+        return None
+    (band,) = codes or named
+    near: frozenset[str] = frozenset({band}).union(*(f for f in _FAMILIES if band in f))
+    return band if named <= near else None
+
+
+_usual_band = lru_cache(maxsize=1024)(_band)
+
+
+def _canonical(digits: str) -> str:
+    return "B8A" if digits == "8a" else f"B{int(digits):02d}"
+
+
+def _at(nanometres: str | float) -> str | None:
+    """The band whose centre is at a wavelength, nm; None if no band of Sentinel-2 is there."""
+    number = float(nanometres)
+    return next((band for band, (low, high) in _CENTRES.items() if low <= number <= high), None)
+
+
+def _phrases(words: list[str]) -> set[str]:
+    """Bands named in words, the longest phrase first: "red edge" is not "red"."""
+    found = set()
+    at = 0
+    while at < len(words):
+        for length in range(min(_LONGEST_PHRASE, len(words) - at), 0, -1):
+            band = _PHRASES.get(tuple(words[at : at + length]))
+            if band:
+                found.add(band)
+                at += length - 1
+                break
+        at += 1
+    return found
+
+
+def _foreign(words: list[str]) -> set[str]:
+    """The band named by words of another language, if the text has no other words."""
+    found = set()
+    for size in (1, 2):
+        for at in range(len(words) - size + 1):
+            band = _FOREIGN.get(tuple(words[at : at + size]))
+            rest = words[:at] + words[at + size :]
+            if band and all(_BESIDE.fullmatch(word) or _CODE.fullmatch(word) for word in rest):
+                found.add(band)
+    return found
+
+
+def is_broad_nir(text: str | None) -> bool:
+    """Whether a name is FORCE's BROADNIR (B08); FORCE's NIR is then the narrow B8A.
+
+    Source: FORCE documentation, level 2 output format, bands of Sentinel-2.
+    """
+    return bool(text) and "broadnir" in _words(text or "")
+
+
+def quality_of(text: str | None) -> str | None:
+    """The quality band that a text names, such as `QA60`, `MSK_CLDPRB_20m`, `..._CLM_R1`.
+
+    Returns:
+        A member of `QUALITY`; None if the text names none, or names a band as well.
+    """
+    if not text or len(text) > _USUAL_LENGTH * 3:
+        return None
+    if not _PERHAPS_QUALITY.search(text):
+        return None
+    words = " ".join(_words(text))
+    return next((band for band, pattern in _QUALITY_WORDS if pattern.search(words)), None)
+
+
+def calls_itself_alpha(text: str | None) -> bool:
+    """Whether a description is that of an alpha band or of Sentinel Hub's dataMask."""
+    return bool(text and _ALPHA.fullmatch(text.strip()))
+
+
+def ends_as_alpha(text: str) -> bool:
+    """Whether a file's stem ends with dataMask, as `S2_2021-01-05_dataMask`."""
+    return bool(_DATA_MASK.search(text))
+
+
+def product_bands(name: str, count: int) -> tuple[str, ...]:
+    """The first bands of a file whose bands have no names, if it is a whole Sentinel-2 product.
+
+    Args:
+        name: the file's name.
+        count: number of bands of the file.
+
+    Returns:
+        The bands; empty if neither name nor number indicate such a product.
+    """
+    sen2r = _SEN2R.search(stem(name))
+    if sen2r and count == _SEN2R_COUNTS[sen2r["level"]]:
+        return (*PRODUCT_BANDS[:-1], "B08" if sen2r["size"] == "10" else "B8A")
+    return PRODUCT_BANDS if count in PRODUCT_COUNTS else ()
+
+
+def stem(name: str) -> str:
+    """A file's name without folders and without the suffix of a raster.
+
+    A last part such as `.B04` is not a suffix.
+    """
+    return _SUFFIX.sub("", name.rpartition("/")[2])
+
+
+def tagged_band(tags: Mapping[str, str]) -> str | None:
+    """The band, or quality band, that a band's own tags (lower-case keys) name."""
+    texts = [tags[key] for key in _NAME_TAGS if key in tags]
+    named = next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
+    if named or (centre := tagged_number(tags, *_CENTRE_TAGS)) is None:
+        return named
+    return _at(centre * 1000 if centre < _MOST_MICROMETRES else centre)
+
+
+def tagged_number(tags: Mapping[str, str], *keys: str) -> float | None:
+    """The first of the tags that is a finite number."""
+    for key in keys:
+        try:
+            number = float(tags[key])
+        except (KeyError, ValueError):
+            continue
+        if abs(number) < float("inf"):
+            return number
+    return None
