@@ -207,7 +207,7 @@ def test_pixels_of_a_day_are_bounded(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     today = 20_000
-    monkeypatch.setattr(store, "_today", lambda: today)
+    monkeypatch.setattr(store, "_day", lambda db: (today, 3600))
     settings: dict[str, Any] = {"model_dir": zoo, "state_dir": tmp_path, "max_pixels_per_day": 10}
     with served(**settings, api_keys=("anna", "ben")) as api:
         response = embed(api, 3, ANNA)
@@ -223,6 +223,14 @@ def test_pixels_of_a_day_are_bounded(
             assert int(response.headers["Retry-After"]) >= int(left(response)["pixels"]["t"])
             assert left(response)["pixels"]["r"] == "3"  # what was rejected is not counted
         assert left(embed(api, 10, BEN))["pixels"]["r"] == "0"
+        for how in ({}, ASYNC):  # no day is long enough, so there is nothing to wait for
+            response = embed(api, 11, BEN, how)
+            problem = response.json()
+            assert (response.status_code, problem["code"]) == (413, "raster_too_large")
+            assert "Retry-After" not in response.headers
+            assert "has 11 pixels" in problem["detail"]
+            assert "may use 10 a day (PIMC_MAX_PIXELS_PER_DAY" in problem["detail"]
+            assert "send a smaller area or fewer series" in problem["detail"]
     with served(**settings, api_keys=("anna", "ben")) as api:  # a restart forgets nothing
         assert embed(api, 4, ANNA).status_code == 429
         today += 1
@@ -301,6 +309,11 @@ def test_the_storage_of_a_caller_is_bounded(zoo: Path) -> None:
         assert int(response.headers["Retry-After"]) > 7 * 24 * 3600 - 600  # when the first expires
         assert quotas(response)["storage"] == {"q": "4000", "qu": '"content-bytes"'}
         assert embed(api, 1, BEN, ASYNC).status_code == 202
+        response = embed(api, 400, BEN, ASYNC)
+        problem = response.json()
+        assert (response.status_code, problem["code"]) == (413, "body_too_large")
+        assert "Retry-After" not in response.headers
+        assert "may keep 4000 (PIMC_MAX_STORAGE_PER_CALLER" in problem["detail"]
         for job in made:
             api.delete(f"/jobs/{job}", headers=ANNA)
         assert int(left(embed(api, 1, ANNA))["storage"]["r"]) == 4000
@@ -357,6 +370,22 @@ def test_a_run_that_finds_no_room_is_not_charged(
 
 
 # The store ----------------------------------------------------------------------------------
+
+
+def test_the_day_begins_by_the_clock_of_the_database(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = Share(pixels=10)
+    with backend.opened() as jobs:
+        jobs.charge("anna", 10, share)
+        before = jobs.usage("anna")
+        assert 0 < before.day_left <= 86_400
+        ahead = store.time.time() + 86_400
+        monkeypatch.setattr(store.time, "time", lambda: ahead)  # of this replica
+        assert jobs.usage("anna").pixels == 10
+        with pytest.raises(TooManyRequests) as refusal:
+            jobs.charge("anna", 1, share)
+        assert refusal.value.retry_after <= before.day_left
 
 
 def test_a_day_is_charged_whole_or_not_at_all(backend: Backend) -> None:

@@ -15,7 +15,7 @@ from anyio import to_thread
 from service.api.admission import REQUESTS, Admission
 from service.api.auth import ApiKeys
 from service.errors import Overloaded, PIMCError
-from service.jobs.store import JOBS, PIXELS, STORAGE, JobStore, Share, seconds_of_day_left
+from service.jobs.store import JOBS, PIXELS, STORAGE, JobStore, Share
 from service.run.plan import Plan
 from service.run.request import RasterRequest
 from service.settings import Settings
@@ -100,6 +100,7 @@ class Quotas:
 
         Raises:
             TooManyRequests: the caller's pixels of the day are used up.
+            RasterTooLarge: the run has more pixels than the caller's quota of a day.
         """
         share = self.share(caller)
         self._jobs.charge(caller, pixels, share)
@@ -127,20 +128,20 @@ class Quotas:
             found.append(_limit(JOBS, share.jobs, _CONCURRENT, share.jobs - used.jobs))
         if share.pixels is not None:
             left = share.pixels - used.pixels
-            found.append(_limit(PIXELS, share.pixels, _PIXELS, left, daily=True))
+            found.append(_limit(PIXELS, share.pixels, _PIXELS, left, seconds=used.day_left))
         if share.bytes is not None:
             found.append(_limit(STORAGE, share.bytes, _BYTES, share.bytes - used.bytes))
         return found
 
 
-def _limit(policy: str, quota: int, unit: str, left: int, *, daily: bool = False) -> Limit:
+def _limit(policy: str, quota: int, unit: str, left: int, *, seconds: int | None = None) -> Limit:
     return Limit(
         policy=policy,
         quota=quota,
         unit=unit,
         left=max(0, left),
-        window=_DAY if daily else None,
-        seconds=seconds_of_day_left() if daily else None,
+        window=None if seconds is None else _DAY,
+        seconds=seconds,
     )
 
 

@@ -44,16 +44,18 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 from service.errors import (
+    BodyTooLarge,
     Cancelled,
     InvalidRequest,
     Overloaded,
     PIMCError,
+    RasterTooLarge,
     ResultNotReady,
     TooManyRequests,
     UnknownJob,
@@ -243,6 +245,8 @@ class Usage:
     """Number of pixels, series and points on this day (UTC)."""
     bytes: int
     """Size of the files of all jobs."""
+    day_left: int = field(default=_DAY, compare=False)
+    """Seconds until the next day begins (UTC), by the database's clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -634,6 +638,13 @@ class JobStore:
                 "finishes, or dismiss one; nothing was started",
                 policy=JOBS,
             )
+        if share.bytes is not None and size >= share.bytes:
+            raise BodyTooLarge(
+                f"the files of the job have {size} bytes, and the jobs of this caller may keep "
+                f"{share.bytes} (PIMC_MAX_STORAGE_PER_CALLER, or `storage` of its key), so it "
+                "would be rejected at any time: send a smaller area, or have the administrator "
+                "raise the quota; nothing was started"
+            )
         if share.bytes is not None and used.bytes + size >= share.bytes:
             (age,) = db.execute(
                 "SELECT coalesce(max(age), 0) FROM jobs WHERE caller = ? AND bytes > 0", (caller,)
@@ -660,7 +671,9 @@ class JobStore:
             share: the caller's share.
 
         Raises:
-            TooManyRequests: the request exceeds the quota of the day; its pixels are not counted.
+            TooManyRequests: the request exceeds what is left of the day's quota; its pixels are
+                not counted.
+            RasterTooLarge: the request has more pixels than the quota of a day.
         """
         if share.pixels is not None:
             with self._db.transaction(serial=True) as db:
@@ -1450,7 +1463,7 @@ class JobStore:
             old = db.execute("DELETE FROM jobs WHERE age >= ? RETURNING id", (self._ttl,))
             names = [name for (name,) in old.fetchall()]
             db.execute("DELETE FROM turns WHERE caller NOT IN (SELECT caller FROM jobs)")
-            db.execute("DELETE FROM usage WHERE day < ?", (_today(),))
+            db.execute("DELETE FROM usage WHERE day < ?", (_day(db)[0],))
             db.execute("UPDATE clock SET seen = {now}")
         for name in names:
             self._remove(name)
@@ -1634,38 +1647,46 @@ def _usage(db: Session, caller: str) -> Usage:
         "FROM jobs WHERE caller = ?",
         (caller,),
     ).fetchone()
+    today, left = _day(db)
     row = db.execute(
-        "SELECT pixels FROM usage WHERE caller = ? AND day = ?", (caller, _today())
+        "SELECT pixels FROM usage WHERE caller = ? AND day = ?", (caller, today)
     ).fetchone()
-    return Usage(jobs=jobs, pixels=row["pixels"] if row else 0, bytes=size)
+    return Usage(jobs=jobs, pixels=row["pixels"] if row else 0, bytes=size, day_left=left)
 
 
 def _charge(db: Session, caller: str, pixels: int, share: Share) -> None:
     if share.pixels is None:
         return
-    used = _usage(db, caller).pixels
-    if used + pixels > share.pixels:
+    if pixels > share.pixels:
+        raise RasterTooLarge(
+            f"the request has {pixels} pixels, and this caller may use {share.pixels} a day "
+            "(PIMC_MAX_PIXELS_PER_DAY, or `pixels` of its key), so it would be rejected on every "
+            "day: send a smaller area or fewer series, or have the administrator raise the quota; "
+            "nothing was started"
+        )
+    used = _usage(db, caller)
+    if used.pixels + pixels > share.pixels:
         raise TooManyRequests(
-            f"this caller has used {used} of its {share.pixels} pixels of this day (UTC; "
+            f"this caller has used {used.pixels} of its {share.pixels} pixels of this day (UTC; "
             f"PIMC_MAX_PIXELS_PER_DAY, or `pixels` of its key), and the request has {pixels} "
             "pixels: send a smaller area, or wait until the next day; nothing was started",
             policy=PIXELS,
-            retry_after=seconds_of_day_left(),
+            retry_after=used.day_left,
         )
     db.execute(
         "INSERT INTO usage VALUES (?, ?, ?) "
         "ON CONFLICT (caller, day) DO UPDATE SET pixels = usage.pixels + excluded.pixels",
-        (caller, _today(), pixels),
+        (caller, _day(db)[0], pixels),
     )
 
 
-def _today() -> int:
-    return int(time.time() // _DAY)
+def _day(db: Session) -> tuple[int, int]:
+    """The day since 1970 (UTC), and the seconds until the next one, by the database's clock.
 
-
-def seconds_of_day_left() -> int:
-    """Seconds until the next day begins (UTC)."""
-    return math.ceil(_DAY - time.time() % _DAY)
+    Replicas, whose own clocks may differ, so begin a day together.
+    """
+    (now,) = db.execute("SELECT {now}").fetchone()
+    return int(now // _DAY), math.ceil(_DAY - now % _DAY)
 
 
 def _job(row: Any) -> Job:  # noqa: ANN401 - of either library
