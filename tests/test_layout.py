@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -233,6 +234,78 @@ def test_whole_products_need_no_names(tmp_path: Path, order: str) -> None:
     assert warning.code == "bands_assumed"
     assert "B02 is band 2, B04 is band 4, B08 is band 8" in warning.detail
     assert "'x_20210105.tif'" in warning.detail
+
+
+def named(file: SourceFile, names: tuple[str, ...]) -> Stack:
+    options = StackOptions(bands=names, mask="none")
+    return open_stack([file], options, bands=NEEDED, max_bytes=2**20)
+
+
+TEN = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+
+
+@pytest.mark.parametrize("form", ["Band {}", "band_{:02d}", "b{}", "B{}", "S2_mosaic_Band_{}"])
+def test_names_that_only_count_the_bands_are_not_those_of_sentinel_2(
+    tmp_path: Path, form: str
+) -> None:
+    # "Band 2" of these ten is green, and "Band 8" is B8A.
+    pixels = bands_of(*((band, 1) for band in TEN))
+    names = [form.format(k) for k in range(1, 11)]
+    file = write(tmp_path / "x_20210105.tif", pixels, descriptions=names)
+    refused = re.escape(f"('{names[0]}' only states the band's position); describe the bands or")
+    with pytest.raises(MissingBands, match=refused):
+        opened([file])
+    assert band_numbers(named(file, TEN)) == expected(1)
+
+
+def test_counted_bands_are_named_by_their_wavelengths(tmp_path: Path) -> None:
+    pixels = bands_of(("B03", 1), ("B04", 1), ("B08", 1), ("B02", 1), ("SCL", 1))
+    tags = {k: {"wavelength": w} for k, w in enumerate(("559.8", "664.6", "832.8", "492.4"), 1)}
+    names = ("Band 1", "Band 2", "Band 3", "Band 4", "SCL")
+    file = write(tmp_path / "x_20210105.tif", pixels, descriptions=names, band_tags=tags)
+    stack = opened([file])
+    assert (stack.mask, band_numbers(stack)) == ("scl", expected(1))
+
+
+def test_counted_bands_of_a_whole_product_are_assumed_to_be_in_its_order(tmp_path: Path) -> None:
+    order = ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"]
+    names = [f"Band {k}" for k in range(1, 13)]
+    pixels = bands_of(*((band, 1) for band in order))
+    stack = opened([write(tmp_path / "x_20210105.tif", pixels, descriptions=names)], mask="none")
+    assert [warning.code for warning in stack.warnings] == ["bands_assumed"]
+    assert band_numbers(stack) == expected(1)
+
+
+def test_counted_bands_of_one_band_are_its_dates(tmp_path: Path) -> None:
+    days = {k: {"datetime": day} for k, day in enumerate(("2021-01-05", "2021-01-15"), 1)}
+    files = [
+        write(
+            tmp_path / f"{band}.tif",
+            bands_of((band, 1), (band, 2)),
+            descriptions=("Band 1", "Band 2"),
+            band_tags=days,
+        )
+        for band in NEEDED
+    ]
+    stack = opened(files, mask="none")
+    assert (stack.layout, band_numbers(stack)) == ("file-per-band", expected(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Rrs_{}", "'Rrs_492': the reflectance of water, not of the surface; export"),
+        ("rhow_{}", "'rhow_492': the reflectance of water, not of the surface; export"),
+        ("B{}_stdDev", "'B492_stdDev': 'stddev' is computed from bands and is not reflectance"),
+    ],
+)
+def test_the_reason_is_given_for_a_name_that_is_not_read(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    names = [name.format(nm) for nm in (492, 665, 833)]
+    pixels = bands_of(("B02", 1), ("B04", 1), ("B08", 1))
+    with pytest.raises(MissingBands, match=re.escape(why)):
+        opened([write(tmp_path / "x_20210105.tif", pixels, descriptions=names)])
 
 
 def test_files_without_a_needed_band_are_left_out(tmp_path: Path) -> None:

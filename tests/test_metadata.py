@@ -6,7 +6,14 @@ from datetime import date
 
 import pytest
 
-from service.read.band_names import band_of, quality_of, stem, tagged_band, tagged_number
+from service.read.band_names import (
+    band_of,
+    only_positions,
+    quality_of,
+    stem,
+    tagged_band,
+    tagged_number,
+)
 from service.read.dates import date_of, named_days, tagged_date, unclear_date
 
 
@@ -320,6 +327,33 @@ def test_a_bands_wavelength_names_it_where_no_name_does() -> None:
     assert tagged_band({"central_wavelength_um": "0.8328"}) == "B08"
     assert tagged_band({"wavelength": "655"}) is None
     assert tagged_band({"name": "B02", "wavelength": "664.6"}) == "B02"
+
+
+@pytest.mark.parametrize(
+    ("form", "count", "counted"),
+    [
+        ("Band {}", 4, True),
+        ("band_{:02d}", 10, True),
+        ("b{}", 8, True),
+        ("B{}", 8, False),
+        ("B{}", 10, True),
+        ("B{}", 12, False),
+        ("B{:02d}", 4, False),
+        ("stack.{}", 4, False),  # not read as bands anyway
+    ],
+)
+def test_only_positions(form: str, count: int, counted: bool) -> None:
+    assert only_positions([form.format(k) for k in range(1, count + 1)]) is counted
+
+
+def test_names_in_another_order_are_not_positions() -> None:
+    assert not only_positions(["Band 2", "Band 3", "Band 4", "Band 8"])
+    assert not only_positions(["Band 1", None])
+    assert not only_positions(["Band 1"])
+
+
+def test_gdal_leaves_the_band_of_a_netcdf_in_a_tag() -> None:
+    assert tagged_band({"netcdf_varname": "B04", "grid_mapping": "crs"}) == "B04"
 
 
 def test_a_last_part_that_is_not_a_suffix_stays() -> None:

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
-from service.errors import InvalidRequest, MissingBands, MissingDates, StackWarning, first_names
+from service.errors import (
+    InvalidRequest,
+    MissingBands,
+    MissingDates,
+    StackWarning,
+    first_names,
+    shown,
+)
 from service.read.band_names import (
     ALPHA,
     CLOUD,
@@ -20,6 +27,7 @@ from service.read.band_names import (
     band_of,
     quality_of,
     stem,
+    why_no_band,
 )
 from service.read.clouds import BANDS as CLOUD_BANDS
 from service.read.clouds import MIN_DATES
@@ -264,8 +272,8 @@ def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[S
     needed = ", ".join(f"{band} is band {order.index(band) + 1}" for band in read if band in order)
     detail = (
         f"no band of {counted(len(unnamed), 'file')} ({_quoted([f.name for f in unnamed])}) has a "
-        f"name; they are read in the order of a Sentinel-2 product, so that {needed}; if this "
-        "order is wrong, give `bands`"
+        "name other than its position; they are read in the order of a Sentinel-2 product, so that "
+        f"{needed}; if this order is wrong, give `bands`"
     )
     return [StackWarning(code="bands_assumed", detail=detail)]
 
@@ -451,6 +459,7 @@ def _check_found(
     )
     found = ", ".join(sorted(known)) or "no band that is named"
     also = f" and {counted(unnamed, 'band')} without a name that is understood" if unnamed else ""
+    also += _why_not_named(query)
     if set(missing) <= set(for_clouds):
         raise MissingBands(
             f"mask=cloud needs {', '.join(CLOUD_BANDS)}, and {', '.join(missing)} not found: "
@@ -462,6 +471,17 @@ def _check_found(
         f"('{query.files[0].name}', ...) with {found}{also}; "
         "describe the bands or give `bands`"
     )
+
+
+def _why_not_named(query: LayoutQuery) -> str:
+    """Text about the first name that resembles a band's but is not read as one."""
+    for file in query.files:
+        if file.only_positions:
+            return f" ('{shown(file.header.descriptions[0])}' only states the band's position)"
+        for text in (*file.header.descriptions, stem(file.name)):
+            if why := why_no_band(text):
+                return f" ('{shown(text)}': {why})"
+    return ""
 
 
 def _granules(slots: Sequence[BandAssignment], *, dated: bool) -> tuple[Granule, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -97,12 +97,13 @@ _FAMILIES = (
     frozenset({"B10", "B11", "B12"}),
 )
 # Text with one of these words names a product that was computed from bands, not a band.
-_NOT_A_BAND = re.compile(
-    r"ndvi|evi2?|m?savi|m?ndwi|ndmi|nbr|ndre|gndvi|index|ratio|labels?|std(ev|dev)?|sd|var"
-    r"|variance|sigma|uncertainty|error|count|quality|qa|doy|masks?|msk"
-    # Reflectance of water (ACOLITE, C2RCC), which is not that of the surface.
-    r"|rrs|rhown?|nlw"
+_COMPUTED = re.compile(
+    r"ndvi|evi2?|m?savi|m?ndwi|ndmi|nbr|ndre|gndvi|ndv|index|ratio|std(ev|dev)?|sd|var"
+    r"|variance|sigma|uncertainty|error|count|doy"
 )
+# Reflectance of water (ACOLITE, C2RCC), which is not that of the surface.
+_OF_WATER = re.compile(r"rrs|rhown?|nlw")
+_NOT_A_BAND = re.compile(rf"{_COMPUTED.pattern}|labels?|quality|qa|masks?|msk|{_OF_WATER.pattern}")
 # ACOLITE's rhos_492 (surface) and rhot_492 (top of the atmosphere), or any number with its unit.
 _WAVELENGTH = re.compile(
     r"(?<![a-z])rho[st][ _](\d{3,4})(?!\d)"
@@ -129,6 +130,10 @@ _CENTRES: Mapping[str, tuple[float, float]] = {
 _CODE = re.compile(r"b(?:and|anda|ande)?0?([1-9]|1[0-2]|8a)")
 _BAND_WORD = re.compile(r"b(?:and|anda|ande)")
 _NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
+# A name that is a number behind a word for band; a file's name may precede it.
+_POSITION = re.compile(r"(?<![^\W_])(?P<word>[Bb](?:and[ae]?)?)[ _.-]?(?P<number>\d+)$")
+_NO_SENTINEL_2 = frozenset({9, 10, 11})
+"""Numbers of bands named B1, B2, ... that are not Sentinel-2's."""
 # Names of quality bands as whole words, in order of precedence. Words that occur in other names too
 # must end the name; "cloud" (of sits) may be followed by a date, and before "probability" (of Earth
 # Engine) may be dates and tiles.
@@ -178,6 +183,7 @@ _NAME_TAGS = (
     "long_name",
     "common_name",
     "standard_name",
+    "netcdf_varname",  # GDAL, from netCDF
 )
 
 # ENVI's headers, and GDAL's domain IMAGERY. Numbers below the limit are micrometres, else nm.
@@ -199,6 +205,18 @@ def band_of(text: str | None) -> str | None:
         return None
     # The bands of a stack mostly repeat a few names. Long texts are not cached, to save memory.
     return _usual_band(text) if len(text) <= _USUAL_LENGTH else _band(text)
+
+
+def why_no_band(text: str | None) -> str | None:
+    """The reason that a text which may hold a band's name is not read as one; None without one."""
+    words = _words(text or "")
+    if any(_OF_WATER.fullmatch(word) for word in words):
+        return (
+            "the reflectance of water, not of the surface; export the surface reflectance, such as "
+            "ACOLITE's rhos"
+        )
+    computed = next((word for word in words if _COMPUTED.fullmatch(word)), None)
+    return f"'{computed}' is computed from bands and is not reflectance" if computed else None
 
 
 def _words(text: str) -> list[str]:
@@ -272,6 +290,28 @@ def _foreign(words: list[str]) -> set[str]:
     return found
 
 
+def only_positions(names: Sequence[str | None]) -> bool:
+    """Whether the names of a file's bands only count them: `Band 1`, `Band 2`, ... or `b1`, `b2`.
+
+    ENVI, ArcGIS, GDAL and Earth Engine's assets number bands so, whatever they hold. B1 to B8 and
+    B1 to B12 are names of Sentinel-2 all the same; no other such series is, because B8A follows B8.
+
+    Args:
+        names: the names in band order, without those of quality bands or alpha.
+    """
+    found = [_POSITION.search(name.strip()) if name else None for name in names]
+    if len(names) < 2 or None in found:
+        return False
+    matches = [match for match in found if match]
+    if [int(match["number"]) for match in matches] != list(range(1, len(names) + 1)):
+        return False
+    rests = {
+        name.strip()[: match.start()] for name, match in zip(names, matches, strict=True) if name
+    }
+    own = {match["word"] for match in matches} == {"B"}
+    return len(rests) == 1 and not (own and len(names) not in _NO_SENTINEL_2)
+
+
 def is_broad_nir(text: str | None) -> bool:
     """Whether a name is FORCE's BROADNIR (B08); FORCE's NIR is then the narrow B8A.
 
@@ -332,8 +372,13 @@ def tagged_band(tags: Mapping[str, str]) -> str | None:
     """The band, or quality band, that a band's own tags (lower-case keys) name."""
     texts = [tags[key] for key in _NAME_TAGS if key in tags]
     named = next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
-    if named or (centre := tagged_number(tags, *_CENTRE_TAGS)) is None:
-        return named
+    return named or band_at_wavelength(tags)
+
+
+def band_at_wavelength(tags: Mapping[str, str]) -> str | None:
+    """The band at the wavelength that a band's own tags (lower-case keys) state."""
+    if (centre := tagged_number(tags, *_CENTRE_TAGS)) is None:
+        return None
     return _at(centre * 1000 if centre < _MOST_MICROMETRES else centre)
 
 

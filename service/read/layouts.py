@@ -21,11 +21,14 @@ from service.read.band_names import (
     PRODUCT_BANDS,
     PRODUCT_COUNTS,
     QUALITY,
+    SCL,
     UDM2,
+    band_at_wavelength,
     band_of,
     calls_itself_alpha,
     ends_as_alpha,
     is_broad_nir,
+    only_positions,
     product_bands,
     quality_of,
     stem,
@@ -69,6 +72,10 @@ class StackOptions:
     """A GeoJSON Polygon or MultiPolygon in degrees: only this part is read."""
 
 
+def _is_of_a_mask(text: str | None) -> bool:
+    return band_of(text) == SCL or quality_of(text) is not None or calls_itself_alpha(text)
+
+
 @dataclass(frozen=True)
 class DescribedFile:
     """A header with the band names and dates in its descriptions and tags."""
@@ -94,7 +101,12 @@ class DescribedFile:
         if mask == CLASSI and self.count == len(CLASSI_BANDS):
             return CLASSI_BANDS
         words = list(zip(self.header.descriptions, self.header.band_tags, strict=True))
-        names = [band_of(text) or tagged_band(tags) or quality_of(text) for text, tags in words]
+        names = [
+            band_at_wavelength(tags)
+            if self.only_positions and not _is_of_a_mask(text)
+            else band_of(text) or tagged_band(tags) or quality_of(text)
+            for text, tags in words
+        ]
         if any(is_broad_nir(text) for text in self.header.descriptions):
             names = [
                 "B8A" if name == "B08" and not is_broad_nir(text) else name
@@ -111,6 +123,11 @@ class DescribedFile:
         if alpha and not words[alpha - 1][0] and sum(map(bool, names)) == self.count - 1:
             names[alpha - 1] = ALPHA
         return tuple(names)
+
+    @cached_property
+    def only_positions(self) -> bool:
+        """Whether the descriptions only count the bands, as `Band 1`, `Band 2`, ..."""
+        return only_positions([d for d in self.header.descriptions if not _is_of_a_mask(d)])
 
     @cached_property
     def days(self) -> tuple[date | None, ...]:
