@@ -256,6 +256,9 @@ def test_a_zip_of_which_nothing_is_read_is_refused_with_the_reason(tmp_path: Pat
         file = SourceFile(name=path.name, path=path)
         with pytest.raises(InvalidRequest, match=match):
             unpack([file], tmp_path, max_bytes=1000, max_files=10)
+    store = zipped(tmp_path / "s2.zarr.zip", {".zgroup": b"{}", "B04/0.0": b"abc"})
+    with pytest.raises(InvalidRequest, match=r"'s2\.zarr\.zip'.*a Zarr store.*to_raster"):
+        opened([store], tmp_path)
 
 
 def test_jpeg_2000_can_be_switched_off(tmp_path: Path) -> None:
@@ -307,6 +310,31 @@ def test_a_stac_item_beside_its_assets_says_date_scale_and_offset(
     stack = opened(files, tmp_path, mask="none")
     assert stack.dates == (date(2021, 1, 5),)
     np.testing.assert_allclose(values(stack), 0.05, atol=1e-6)
+
+
+def test_an_item_of_many_dates_leaves_the_dates_to_the_names(tmp_path: Path) -> None:
+    # As openEO describes the results of a batch job.
+    days = ("2021-01-05", "2021-01-15")
+    item = {
+        "type": "Feature",
+        "stac_version": "1.0.0",
+        "properties": {"datetime": None, "start_datetime": "2021-01-01T00:00:00Z"},
+        "assets": {
+            f"openEO_{day}Z.tif": {
+                "href": f"https://example.org/results/openEO_{day}Z.tif?expires=20220101",
+                "eo:bands": [{"name": band} for band in BANDS],
+            }
+            for day in days
+        },
+    }
+    pixels = np.full((3, 2, 2), 1500, np.uint16)
+    files = [write(tmp_path / f"openEO_{day}Z.tif", pixels) for day in days]
+    stack = opened([*files, as_json(tmp_path, "job-results.json", item)], tmp_path, mask="none")
+    assert stack.dates == (date(2021, 1, 5), date(2021, 1, 15))
+    # A composite has one date, the first of its period.
+    first = item | {"assets": {"openEO_2021-01-05Z.tif": item["assets"]["openEO_2021-01-05Z.tif"]}}
+    stack = opened([files[0], as_json(tmp_path, "item.json", first)], tmp_path, mask="none")
+    assert stack.dates == (date(2021, 1, 1),)
 
 
 def test_a_request_of_sentinelhub_py_says_the_date(tmp_path: Path) -> None:
@@ -453,6 +481,9 @@ def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> N
         ("points.csv", b"id,lon,lat\n", "`points`"),
         ("B04.tfw", b"10.0\n", "a side file of a raster"),
         ("manifest.safe", b'<?xml version="1.0"?>\n<xfdu:XFDU', "MTD_MSIL2A.xml"),
+        ("s2.zarr/.zattrs", b"{}", "a Zarr store.*to_raster"),
+        ("zarr.json", b'{"zarr_format":3}', "a Zarr store.*to_raster"),
+        ("s2.zarr/B04/0.0.0", b"\x02\x01", "a Zarr store.*to_raster"),
         ("B04.tif", b"who knows", "reads GeoTIFF and JP2 files"),
     ],
 )

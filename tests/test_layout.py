@@ -720,6 +720,47 @@ def test_acolites_reflectance_of_the_surface_counts_before_that_of_the_top(tmp_p
     assert stack.dates == (date(2021, 1, 5), date(2021, 1, 15))
 
 
+@pytest.mark.parametrize("nir", ["BNR", "NIR"])
+def test_forces_time_series_are_read_by_their_abbreviations(tmp_path: Path, nir: str) -> None:
+    days = ("20210105", "20210115")
+    files = [
+        write(
+            tmp_path / f"2021-2021_001-365_HL_TSA_SEN2L_{short}_TSS.tif",
+            bands_of((band, 1), (band, 2)),
+            descriptions=[f"{day}_SEN2A" for day in days],
+        )
+        for short, band in (("BLU", "B02"), ("GRN", "B03"), ("RED", "B04"), (nir, "B08"))
+    ]
+    stack = opened(files)
+    assert (stack.layout, stack.dates, stack.sensor) == ("file-per-band", (D1, D2), "Sentinel-2")
+    assert band_numbers(stack) == expected(1, 2)
+    # FORCE's NIR is the narrow one.
+    narrow = [warning for warning in stack.warnings if warning.code == "band_substituted"]
+    assert bool(narrow) == (nir == "NIR")
+
+
+def test_pictures_beside_bands_of_one_date_are_left_out(tmp_path: Path) -> None:
+    day = "2021-01-05-00_00_2021-01-05-23_59_Sentinel-2_L2A"
+    picture = write(
+        tmp_path / f"{day}_Scene_classification_map_.tiff",
+        np.zeros((3, 2, 2), np.uint8),
+    )
+    files = [in_folder(tmp_path, f"{day}_{band}.tiff", band, 1) for band in NEEDED]
+    stack = opened([*files, picture], mask="none")
+    assert band_numbers(stack) == expected(1)
+    (warning,) = stack.warnings
+    assert warning.code == "files_unused"
+    assert "_map_.tiff': its 3 bands have neither a name nor a date" in warning.detail
+
+
+def test_a_month_in_the_descriptions_of_one_file_is_named(tmp_path: Path) -> None:
+    names = [f"2021_{month:02d}_{band}" for month in (1, 2) for band in NEEDED]
+    pixels = bands_of(*((band, 1) for _ in (1, 2) for band in NEEDED))
+    file = write(tmp_path / "stack.tif", pixels, descriptions=names)
+    with pytest.raises(MissingDates, match=r"'2021_01': a month without a day.*2 of them"):
+        opened([file])
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_granules_of_a_day_stay_apart_in_any_order(tmp_path: Path, seed: int) -> None:
     files = [

@@ -303,6 +303,7 @@ def test_quality_of(text: str | None, band: str | None) -> None:
         ("S2_2021-01.tif", "'2021-01': a month without a day"),
         ("S2_202101.tif", "'202101': a month without a day"),
         ("S2_2021w02.tif", "'2021w02': a week without a day"),
+        ("Sentinel-2_mosaic_2021_Q1_31UES/B04.tif", "'2021_Q1': a quarter without a day"),
         ("S2_210105.tif", "'210105': the year may have two digits"),
         ("21-JAN-05.tif", "'21-JAN-05': the year may come first or last"),
         (

@@ -24,6 +24,7 @@ from service.read.buffers import BufferPool, spaced
 from service.read.geotiff import BlockCache, SourceFile
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
+from service.read.reflectance import BROWSER
 from service.read.stack import Sits, Stack, open_stack
 from tests.kits.rasters import UTM, write
 
@@ -164,6 +165,31 @@ def test_each_file_and_band_has_its_own_scale(tmp_path: Path) -> None:
     factors = np.array([1e-4, 1e-3, 1e-4])[:, None, None]
     expected = np.stack([pixels * 1e-4, pixels * 1e-4, pixels * factors])
     np.testing.assert_allclose(read(stack).values, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "full"), [("uint16", 65535), ("uint8", 255), ("float32", 1)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("clock", ["00_00", "00:00", "00-00"])
+def test_raw_bands_of_the_copernicus_browser_are_read_by_their_number_type(
+    tmp_path: Path, dtype: str, full: int, masked: bool, clock: str
+) -> None:
+    day = f"2021-01-05-{clock}_2021-01-05-{clock.replace('00', '23')}_Sentinel-2_L2A"
+    files = []
+    for band, level in zip(BANDS, (0.04, 0.06, 0.4), strict=True):
+        pixels = np.full((1 + masked, 4, 4), round(level * full) if full > 1 else level, dtype)
+        if masked:  # dataMask
+            pixels[1] = 1
+            pixels[1, 0, 0] = 0
+        file = write(tmp_path / f"{band}-{dtype}.tif", pixels)
+        files.append(SourceFile(name=f"{day}_{band}_(Raw).tiff", path=file.path))
+    stack = opened(*files)
+    sits = read(stack)
+    np.testing.assert_allclose(sits.values[0, :, 1, 1], (0.04, 0.06, 0.4), atol=0.5 / full)
+    assert sits.valid[0, 0, 0] == (not masked)
+    # They are harmonised, and 8 bits are coarse.
+    assert {plane.offset_source for plane in stack.acquisitions[0].planes} == {BROWSER}
+    coarse = [warning.detail for warning in stack.warnings if warning.code == "scale_suspected"]
+    assert [("in steps of 0.0039" in detail) for detail in coarse] == [True] * (dtype == "uint8")
 
 
 @pytest.mark.parametrize(

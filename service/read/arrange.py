@@ -306,7 +306,9 @@ def _unused(query: LayoutQuery, used: set[int], options: StackOptions) -> list[S
 
 def _reason(file: DescribedFile, query: LayoutQuery, mask: str | None) -> str:
     bands = [band for band in file.bands if band and band != ALPHA]
-    if file.count == 1 and not bands and file.name_band:
+    if file.is_a_picture and file.name_band:
+        return f"its {counted(file.count, 'band')} have neither a name nor a date"
+    if not bands and file.name_band:
         bands = [file.name_band]
     bands = list(dict.fromkeys(bands))
     if not bands:
@@ -568,7 +570,8 @@ def _missing_dates(
     if all_files == 1 and len(slots) > 1:
         return MissingDates(
             f"no date for the {len(undated)} dates that {_quoted(names)} holds: none in the band "
-            f"descriptions or tags; give `dates`, {len(undated)} of them in the order of the bands"
+            f"descriptions or tags{_unclear(undated)}; give `dates`, {len(undated)} of them in the "
+            "order of the bands"
         )
     return MissingDates(
         f"no date for {len(names)} of {counted(all_files, 'file')} ({_quoted(names)}): none in "
@@ -590,7 +593,12 @@ def _written(undated: Sequence[BandAssignment]) -> str:
 
 def _unclear(undated: Sequence[BandAssignment]) -> str:
     """Text about what stands in place of a date in the first undated file that has such."""
-    texts = (text for slot in undated for text in (slot.file.tag_text, slot.file.name) if text)
+    texts = (
+        text
+        for slot in undated
+        for text in (slot.file.tag_text, slot.file.name, *slot.file.header.descriptions)
+        if text
+    )
     found = next((why for text in texts if (why := unclear_date(text))), None)
     return f" ({found})" if found else ""
 

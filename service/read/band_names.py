@@ -46,26 +46,28 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
     tuple(phrase.split()): band
     for band, phrases in {
         "B01": "coastal aerosol|coastal|aerosol|ultra blue",
-        "B02": "blue",
-        "B03": "green",
+        "B02": "blue|blu",
+        "B03": "green|grn",
         "B04": "red",
         # A red edge band without a number is B05; the important point is that it is not red.
         "B05": "red edge 1|rededge 1|rededge1|red edge1|red edge|rededge|re1",
         "B06": "red edge 2|rededge 2|rededge2|red edge2|re2",
         "B07": "red edge 3|rededge 3|rededge3|red edge3|re3",
-        "B08": "nir|near infrared|near infra red|nir1|nir 1|broadnir|broad nir",
+        "B08": "nir|near infrared|near infra red|nir1|nir 1|broadnir|broad nir|bnr",
         "B8A": "nir08|nir narrow|narrow nir|nir2|nir 2|nirn|red edge 4|rededge 4|rededge4|re4"
         "|narrow near infrared|near infrared narrow",
         "B09": "nir09|water vapour|water vapor",
         "B10": "cirrus|swir cirrus",
-        "B11": "swir|swir 1|swir1|swir16|short wave infrared 1|shortwave infrared 1"
+        "B11": "swir|swir 1|swir1|swir16|sw1|short wave infrared 1|shortwave infrared 1"
         "|short wave infrared|shortwave infrared",
-        "B12": "swir 2|swir2|swir22|short wave infrared 2|shortwave infrared 2",
+        "B12": "swir 2|swir2|swir22|sw2|short wave infrared 2|shortwave infrared 2",
         SCL: "scl|scene classification|scene classification map|scene classification layer"
         "|sceneclassification",  # Terrascope
     }.items()
     for phrase in phrases.split("|")
 }
+_FORCE_NARROW = re.compile(r"_TSA_SEN2[A-Z]*_NIR(?:_|$)")
+_BROWSER = re.compile(r"\d{4}-\d\d-\d\d[-_]\d\d[-:_]\d\d_.*[_ ]\(Raw\)$")
 _LONGEST_PHRASE = max(map(len, _PHRASES))
 # Colours in other languages, without accents. Some are parts of place names (Cabo Verde, Baton
 # Rouge) or other words (vert, rot), so they name a band only if the text has no other word, except
@@ -73,7 +75,7 @@ _LONGEST_PHRASE = max(map(len, _PHRASES))
 _FOREIGN: Mapping[tuple[str, ...], str] = {
     tuple(phrase.split()): band
     for band, phrases in {
-        "B02": "bleu|bleue|blau|azul|blu|blauw|niebieski|bla|sininen|modra|mavi|kek"
+        "B02": "bleu|bleue|blau|azul|blauw|niebieski|bla|sininen|modra|mavi|kek"
         "|синии|蓝|蓝光|蓝波段|青",
         "B03": "vert|verte|grun|gruen|verde|groen|zielony|gron|vihrea|zelena|yesil|zold"
         "|зеленыи|绿|绿光|绿波段|緑",
@@ -318,6 +320,32 @@ def is_broad_nir(text: str | None) -> bool:
     Source: FORCE documentation, level 2 output format, bands of Sentinel-2.
     """
     return bool(text) and "broadnir" in _words(text or "")
+
+
+def band_in_name(name: str) -> str | None:
+    """The band, or quality band, in a file's name, or else in its folder's name.
+
+    FORCE's time series name the narrow near infrared of Sentinel-2 NIR, and the broad one BNR
+    (FORCE documentation, time series analysis, band abbreviations).
+
+    Args:
+        name: the file's name with its folders.
+    """
+    folders, _, _ = name.rpartition("/")
+    own = stem(name)
+    texts = [own, folders.rpartition("/")[2]] if folders else [own]
+    band = next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
+    return TWINS["B08"] if band == "B08" and _FORCE_NARROW.search(own) else band
+
+
+def of_the_browser(name: str) -> bool:
+    """Whether a file's name is that of a raw band from the Copernicus Browser or EO Browser.
+
+    Their integers are reflectance x 65535 or x 255, the largest number of the type, and their
+    values are harmonised, so that they hold no offset (their source code, image download, scaling
+    factor of raw bands; Sentinel Hub documentation, harmonizeValues).
+    """
+    return bool(_BROWSER.search(stem(name)))
 
 
 def quality_of(text: str | None) -> str | None:

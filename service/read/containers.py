@@ -25,7 +25,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from service.errors import BodyTooLarge, Cancelled, InvalidRequest, NotAGeoTIFF, StackWarning, shown
 from service.read.band_names import band_of, quality_of, stem
-from service.read.geotiff import Georeference, Header, SourceFile, label
+from service.read.dates import date_of
+from service.read.geotiff import ZARR, Georeference, Header, SourceFile, is_of_zarr, label
 from service.read.jp2_guard import SIGNATURE
 from service.read.sensors import ITEM_BAND
 from service.read.stac import (
@@ -47,7 +48,7 @@ _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR_64 = struct.Struct("<4sLQL")
 _METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
 _RASTER = re.compile(r"\.(tiff?|jp2)$", re.IGNORECASE)
-_PRODUCT = re.compile(r"(^|/)(MTD_MSIL(1C|2A)|S2[ABC]_[A-Z]{4}_MTD_[A-Z0-9]+_.*)\.xml$")
+_PRODUCT = re.compile(r"(^|/)(MTD_MSIL(1C|2A)|S2[A-D]_[A-Z]{4}_MTD_[A-Z0-9]+_.*)\.xml$")
 _MAX_XML_BYTES = 4 * 2**20
 
 
@@ -207,6 +208,9 @@ def _holds_none(name: str, left_out: Sequence[tuple[str, str]]) -> str:
             f"no raster in the zip '{name}' can be read ({rasters[0]}): write the zip again with "
             "deflate and without a password"
         )
+    zarr = next((shown(member) for member, _ in left_out if is_of_zarr(member)), None)
+    if zarr:
+        return f"the zip '{name}' holds no .tif or .jp2 file, and '{zarr}' is {ZARR}"
     zips = [shown(member) for member, _ in left_out if member.lower().endswith(".zip")]
     inner = f", but the zip '{zips[0]}': send that zip itself" if zips else ": add the rasters"
     return f"the zip '{name}' holds no .tif or .jp2 file{inner}"
@@ -442,6 +446,8 @@ def _item(file: SourceFile) -> Item | None:
 def _stac_item(document: Mapping[str, Any], root: str) -> Item:
     common = item_tags(document)
     assets = document.get("assets")
+    if not _is_of_one_time(document):
+        common.pop("datetime", None)
     by_name: dict[str, Described] = {}
     for key, asset in (assets if isinstance(assets, dict) else {}).items():
         if not isinstance(asset, dict):
@@ -458,6 +464,22 @@ def _stac_item(document: Mapping[str, Any], root: str) -> Item:
             ignored_offset=contradiction(common, bands),
         )
     return Item(root=root, common=common, assets=by_name)
+
+
+def _is_of_one_time(document: Mapping[str, Any]) -> bool:
+    """Whether an item's date is that of all its assets.
+
+    An item of openEO's results describes all dates of a batch job. It has no `datetime`, but a
+    period, and the names of its assets hold their dates.
+    """
+    properties = document.get("properties")
+    assets = document.get("assets")
+    if not isinstance(properties, dict) or not isinstance(assets, dict):
+        return True
+    hrefs = [str(a.get("href", key)) for key, a in assets.items() if isinstance(a, dict)]
+    names = [href.partition("?")[0].rpartition("/")[2] for href in hrefs]
+    days = {day for day in map(date_of, names) if day}
+    return bool(properties.get("datetime")) or len(days) < 2
 
 
 def _requested_day(document: Mapping[str, Any]) -> str | None:

@@ -94,6 +94,7 @@ _UNCLEAR = (
     (_DAY_FIRST, "the day or the month may come first"),
     (_ORDINAL, "it may be a day of the year or a running number"),
     (re.compile(rf"(?<!\d){_YEAR}[-_]?w\d\d(?!\d)", re.IGNORECASE), "a week without a day"),
+    (re.compile(rf"(?<!\d){_YEAR}[-_]?q[1-4](?!\d)", re.IGNORECASE), "a quarter without a day"),
     (re.compile(rf"(?<!\d){_YEAR}[-_.]?(?:0[1-9]|1[0-2])(?!\d)"), "a month without a day"),
     (
         re.compile(r"(?<!\d)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?!\d)"),

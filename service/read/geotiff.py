@@ -360,6 +360,10 @@ _NETCDF = (
     "netCDF or HDF5: convert each band with gdal_translate -of COG NETCDF:in.nc:B04 B04.tif, or "
     "write a GeoTIFF with rioxarray's to_raster"
 )
+ZARR = "a part of a Zarr store: write its bands as GeoTIFFs with rioxarray's to_raster"
+_ZARR = re.compile(
+    r"\.zarr/|(?:^|/)(?:\.z(?:attrs|group|array|metadata)|zarr\.json)$", re.IGNORECASE
+)
 _PAGE = (
     "an HTML page, not data: the server of the download returned a page, often one for signing in; "
     "download the file again"
@@ -424,6 +428,11 @@ def _driver_of(source: SourceFile) -> Driver:
     raise NotAGeoTIFF(f"'{source.name}' is not a TIFF: {_what_it_is(source.name, head)}")
 
 
+def is_of_zarr(name: str) -> bool:
+    """Whether a file's name, with its folders, is that of a part of a Zarr store."""
+    return bool(_ZARR.search(name))
+
+
 def _what_it_is(name: str, head: bytes) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     last = name.rpartition("/")[2].lower()
@@ -434,6 +443,8 @@ def _what_it_is(name: str, head: bytes) -> str:
     elif text.startswith(b"<?xml"):  # the root element after the declaration identifies the kind
         root = text.partition(b"?>")[2].lstrip()
         text = root if any(root.startswith(magic) for magic in _OTHER_FORMATS) else text
+    if is_of_zarr(name):
+        return f"it is {ZARR}"
     for magic, what in _OTHER_FORMATS.items():
         if head.startswith(magic) or text.startswith(magic.lower()):
             return f"it is {what}"

@@ -24,10 +24,12 @@ from service.read.band_names import (
     SCL,
     UDM2,
     band_at_wavelength,
+    band_in_name,
     band_of,
     calls_itself_alpha,
     ends_as_alpha,
     is_broad_nir,
+    of_the_browser,
     only_positions,
     product_bands,
     quality_of,
@@ -100,6 +102,8 @@ class DescribedFile:
             return (UDM2, *[None] * (self.count - 1))
         if mask == CLASSI and self.count == len(CLASSI_BANDS):
             return CLASSI_BANDS
+        if self.count == 2 and of_the_browser(self.name) and not any(self.header.descriptions):
+            return (self.name_band, ALPHA)  # dataMask
         words = list(zip(self.header.descriptions, self.header.band_tags, strict=True))
         names = [
             band_at_wavelength(tags)
@@ -138,11 +142,12 @@ class DescribedFile:
     @cached_property
     def name_band(self) -> str | None:
         """The band in the file's name, or else in its folder's name."""
-        *folders, _ = self.name.split("/")
-        own = stem(self.name)
-        texts = [own, folders[-1]] if folders else [own]
-        band = next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
-        return band or (ALPHA if ends_as_alpha(own) else None)
+        return band_in_name(self.name) or (ALPHA if ends_as_alpha(stem(self.name)) else None)
+
+    @cached_property
+    def is_a_picture(self) -> bool:
+        """Whether the file has several bands, and nothing names or dates one of them."""
+        return self.count > 1 and not any(self.bands) and not any(self.days)
 
     @property
     def product_bands(self) -> tuple[str, ...]:
@@ -373,8 +378,10 @@ def _bands_of_files(query: LayoutQuery) -> list[tuple[DescribedFile, str]]:
             )
         found += zip(named, query.names, strict=True)
     taken = {id(file) for file, _ in found}
+    # Beside files of one band and date, such as an RGB picture of the scene classification.
+    singles = query.dates is None and any(file.own_band for file in query.files)
     for file in query.files:
-        if id(file) in taken:
+        if id(file) in taken or (singles and file.is_a_picture):
             continue
         bands = sorted({band for band in file.bands if band and band != ALPHA})
         if len(bands) > 1:

@@ -15,7 +15,7 @@ from datetime import date
 import numpy as np
 
 from service.errors import InvalidRequest
-from service.read.band_names import tagged_number
+from service.read.band_names import of_the_browser, tagged_number
 from service.read.geotiff import Header, with_full_name
 from service.read.sensors import Sensor
 
@@ -31,6 +31,8 @@ Source: ESA, Sentinel-2 Products Specification Document (S2-PDGS-TAS-DI-PSD), BO
 """
 GIVEN = "the parameter"
 """Source of a number that the caller gave."""
+BROWSER = "a file name of the Copernicus Browser"
+"""Source of the scale and offset of its exports."""
 _BASELINE_WITH_OFFSET = 4.0
 _QUANTIFICATION = 10_000.0
 _NAMED_BASELINE = re.compile(r"_N(\d{2})(\d{2})_")
@@ -96,8 +98,12 @@ def stated_scale(header: Header, at: int) -> tuple[float | None, str]:
     found = tagged_number(tags, "scale", "scale_factor")
     if found is not None:
         return found, "the tag `scale`"
-    steps = _steps_per_unit(tags)
-    return (1 / steps, "BOA_QUANTIFICATION_VALUE") if steps else (None, "")
+    if steps := _steps_per_unit(tags):
+        return 1 / steps, "BOA_QUANTIFICATION_VALUE"
+    dtype = np.dtype(header.dtypes[at])
+    if dtype.kind == "u" and of_the_browser(header.name):
+        return 1 / np.iinfo(dtype).max, BROWSER
+    return None, ""
 
 
 def _stated_offset(header: Header, at: int) -> tuple[float | None, str]:
@@ -118,7 +124,7 @@ def _stated_offset(header: Header, at: int) -> tuple[float | None, str]:
         (number,) = added
         steps = _steps_per_unit(tags) or _QUANTIFICATION
         return number / steps, f"BOA_ADD_OFFSET {number:g}"
-    return None, ""
+    return (0.0, BROWSER) if of_the_browser(header.name) else (None, "")
 
 
 def _steps_per_unit(tags: Mapping[str, str]) -> float | None:

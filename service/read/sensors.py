@@ -102,7 +102,7 @@ _NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
         (rf"{_START}HLS[._\- ]?L30{_END}", HLS_L30),
         (rf"{_START}L[CO]0[89]{_END}", OLI),
         (rf"{_START}L[ET]0[4-7]{_END}", TM),
-        (rf"{_START}LND0[89]{_END}|{_START}ga_ls[89]c?_|{_START}LC8\d{{13}}", OLI_SCALED),
+        (rf"{_START}LND(?:0[89]|LG){_END}|{_START}ga_ls[89]c?_|{_START}LC8\d{{13}}", OLI_SCALED),
         (rf"{_START}LND0[4-7]{_END}|{_START}ga_ls[57][te]?_|{_START}L[ET][4-7]\d{{13}}", TM_SCALED),
         (rf"{_START}L[89]_OLI{_END}|{_START}landsat[_\- ]?0?[89]{_END}", OLI),  # L8_OLI: ACOLITE
         (rf"{_START}L[4-7]_E?TM{_END}", TM),
@@ -114,7 +114,7 @@ _NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
         *_FOREIGN,
         (r"AnalyticMS|PSScene|PlanetScope|SuperDove|planet_medres", PLANETSCOPE),
         (rf"{_START}S2[A-D]?_(?:MSIL|OPER|L[12]|\d)", SENTINEL_2),
-        (rf"{_START}(?:SEN|Sentinel[_\- ]?)2[A-D]?{_END}", SENTINEL_2),
+        (rf"{_START}(?:SEN|Sentinel[_\- ]?)2[A-D]?{_END}|{_START}SEN2[LH]{_END}", SENTINEL_2),
         (rf"{_START}S2[A-D](?:1C|2A)?_", SENTINEL_2),
     )
 )

@@ -38,6 +38,7 @@ from service.read.layouts import Layout, StackOptions
 from service.read.masks import ALPHA_RULE, Decoder, MaskRule, alpha
 from service.read.placement import AS_IT_LIES, Place, Position, Resampling, place_files
 from service.read.reflectance import (
+    BROWSER,
     INTEGER_SCALE,
     DatedNumber,
     calibration_of,
@@ -445,22 +446,30 @@ def _merged(granules: Sequence[Granule], observations: int) -> tuple[StackWarnin
 def _eight_bits(
     granules: Sequence[Granule], bands: Sequence[str], options: StackOptions
 ) -> tuple[StackWarning, ...]:
-    """The warning about 8-bit numbers without a scale: reflectance x 10,000 does not fit."""
-    planes = [granule.planes[band] for granule in granules for band in bands]
-    small = (
-        header
-        for header, number in planes
-        if header.dtypes[number - 1] in {"uint8", "int8"}
-        and stated_scale(header, number - 1)[0] is None
-    )
-    first = next(small, None)
-    if options.scale is not None or first is None:
+    """The warning about 8-bit numbers: without a scale, or with steps that are coarse."""
+    if options.scale is not None:
         return ()
-    detail = (
-        f"'{first.name}' holds 8-bit numbers and states no scale, so they are multiplied by "
-        f"{INTEGER_SCALE:g}: give the `scale` that turns them into reflectance"
-    )
-    return (StackWarning(code="scale_suspected", detail=detail),)
+    for granule in granules:
+        for band in bands:
+            header, number = granule.planes[band]
+            if header.dtypes[number - 1] not in {"uint8", "int8"}:
+                continue
+            scale, source = stated_scale(header, number - 1)
+            if scale is None:
+                detail = (
+                    f"'{header.name}' holds 8-bit numbers and states no scale, so they are "
+                    f"multiplied by {INTEGER_SCALE:g}: give the `scale` that turns them into "
+                    "reflectance"
+                )
+                return (StackWarning(code="scale_suspected", detail=detail),)
+            if source == BROWSER:
+                detail = (
+                    f"'{header.name}' holds 8-bit numbers, which are reflectance in steps of "
+                    f"{scale:.2g}, so that NDVI is inexact where land is dark: download the bands "
+                    "as TIFF of 16 or 32 bits"
+                )
+                return (StackWarning(code="scale_suspected", detail=detail),)
+    return ()
 
 
 def _mask_band(rule: MaskRule) -> str:
