@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import httpx
 
-from pimc_client.http import BROKEN, is_repeatable, pause_before_retry
+from pimc_client.http import is_broken, is_repeatable, pause_before_retry
 from pimc_client.retry import RetryPolicy
 
 
@@ -37,8 +37,9 @@ class AsyncRetryTransport(httpx.AsyncBaseTransport):
             tries += 1
             try:
                 response = await self._transport.handle_async_request(request)
-            except BROKEN:
-                pause = pause_before_retry(self._policy, tries, None) if repeatable else None
+            except httpx.TransportError as error:
+                again = repeatable and is_broken(error)
+                pause = pause_before_retry(self._policy, tries, None) if again else None
                 if pause is None:
                     raise
             else:

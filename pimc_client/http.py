@@ -6,6 +6,7 @@ is created, so that `import pimc_client` is quick.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -17,12 +18,23 @@ from pimc_client.errors import ConnectionFailed, TimedOut, TransportError
 from pimc_client.requests import Request
 from pimc_client.retry import RETRIED, RetryPolicy, seconds_to_wait
 
-BROKEN = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)
-"""Errors that are retried: the connection failed or broke. A read timeout is not retried, because
-the server is still working, and a second request would double the work."""
+_BROKEN = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)
+# A proxy that refuses, such as 407 without a password, refuses again.
+_REFUSAL = re.compile(r"4\d\d\b")
 
 _REPEATABLE = "pimc_client.repeatable"
 _CONNECT_SECONDS = 10.0
+
+
+def is_broken(error: httpx.TransportError) -> bool:
+    """Whether a request is sent again after an error: the connection failed or broke.
+
+    A read timeout is not retried, because the server is still working, and a second request would
+    double the work. A proxy that does not reach the server (502, or SOCKS) has sent nothing to it.
+    """
+    if isinstance(error, httpx.ProxyError):
+        return not _REFUSAL.match(str(error))
+    return isinstance(error, _BROKEN)
 
 
 def is_repeatable(request: httpx.Request) -> bool:
@@ -47,9 +59,15 @@ def pause_before_retry(
     """
     if response is None:
         return policy.pause(tries)
-    if response.status_code not in RETRIED:
+    if response.status_code not in RETRIED and not _is_of_a_gateway(response):
         return None
     return policy.pause(tries, seconds_to_wait(response.headers.get("retry-after")))
+
+
+def _is_of_a_gateway(response: httpx.Response) -> bool:
+    """Whether a proxy or gateway wrote a 502 because it did not reach the server."""
+    kind = response.headers.get("content-type", "")
+    return response.status_code == 502 and "json" not in kind
 
 
 def extensions(request: Request) -> dict[str, bool]:

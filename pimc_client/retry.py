@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 RETRIED = frozenset({429, 503})
 """Statuses that are retried: with `too_many_requests`, `overloaded` or `not_ready` the server
-started nothing."""
+started nothing. A 502 by a gateway, without a problem document, is retried as well."""
 
 
 def seconds_to_wait(retry_after: str | None) -> float | None:

@@ -18,6 +18,7 @@ from pimc_client import (
     InvalidRequest,
     Overloaded,
     Series,
+    ServiceError,
     TimedOut,
 )
 from pimc_client.async_retry_transport import AsyncRetryTransport
@@ -218,6 +219,64 @@ def script(*outcomes):
         return httpx.Response(outcome, headers={"Retry-After": "2"} if outcome == 503 else {})
 
     return httpx.MockTransport(handle)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("failure", "waits"),
+    [
+        (httpx.ProxyError("502 Bad Gateway"), 1),
+        (httpx.ProxyError("Proxy Server could not connect: Host unreachable."), 1),
+        (httpx.ProxyError("407 Proxy Authentication Required"), None),
+        (httpx.ConnectError("[Errno 111] Connection refused"), 1),
+        (httpx.UnsupportedProtocol("ftp"), None),
+    ],
+)
+def test_a_proxy_that_does_not_reach_the_server_is_tried_again(kind, failure, waits):
+    waited = []
+    if kind == "sync":
+        with httpx.Client(transport=RetryTransport(script(failure, 200), sleep=waited.append)) as c:
+            outcome = outcome_of(lambda: c.post("http://x/", content=b"bytes"))
+    else:
+
+        async def wait(seconds):
+            waited.append(seconds)
+
+        async def go():
+            transport = AsyncRetryTransport(script(failure, 200), sleep=wait)
+            async with httpx.AsyncClient(transport=transport) as client:
+                return await client.post("http://x/", content=b"bytes")
+
+        outcome = outcome_of(lambda: asyncio.run(go()))
+    assert (outcome, len(waited)) == ((200, waits) if waits else (type(failure), 0))
+
+
+def outcome_of(send):
+    try:
+        return send().status_code
+    except httpx.TransportError as error:
+        return type(error)
+
+
+@KINDS
+def test_a_502_of_a_gateway_is_retried_and_one_of_the_server_is_not(kind):
+    ok = Reply(200, b'{"models": [], "defaults": {}}', {"Content-Type": "application/json"})
+    page = Reply(502, b"<html>", {"Content-Type": "text/html"})
+    with (
+        serving(one_after_another(page, ok)) as (url, received),
+        connected(kind, url) as client,
+    ):
+        client.models()
+    assert len(received) == 2
+    body = b'{"code": "unreachable_reference", "status": 502, "detail": "no"}'
+    own = Reply(502, body, {"Content-Type": "application/problem+json"})
+    with (
+        serving(one_after_another(own, ok)) as (url, received),
+        connected(kind, url) as client,
+        pytest.raises(ServiceError),
+    ):
+        client.models()
+    assert len(received) == 1
 
 
 @KINDS
