@@ -13,7 +13,6 @@ from typing import Any
 
 import dask.config
 import httpx
-import psutil
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from rasterio.windows import Window
@@ -23,7 +22,7 @@ from benchmarks.remote import stack as tile_stack
 from benchmarks.serving import served
 from service.jobs import runner
 from tests.kits.client import Reply, serving
-from tests.kits.cluster import Fleet, Worker, dask_cluster, joined, outcome, ready
+from tests.kits.cluster import BY_WORKER, Fleet, dask_cluster, joined, outcome, ready
 from tests.kits.gate import HELD, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,
@@ -45,6 +44,9 @@ from tests.kits.spans import PROTOBUF, Spans, attributes
 
 pytestmark = pytest.mark.slow
 
+WINDOWS = 4
+"""Windows of a job with the files of `files`."""
+
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -53,8 +55,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A stack of ten windows."""
-    return stack(tmp_path_factory.mktemp("stack"), 150, 230)
+    """A stack of `WINDOWS` windows."""
+    return stack(tmp_path_factory.mktemp("stack"), 90, 130)
 
 
 # A bucket -------------------------------------------------------------------------------------
@@ -83,11 +85,10 @@ def test_workers_read_uploads_from_a_bucket(
                 PIMC_STORAGE_ENDPOINT=s3.endpoint,
             )
         )
-        for _ in range(2):
-            cluster.join()
+        cluster.join()
         settings = {"model_dir": zoo, "dask_scheduler": cluster.address}
         api = stack.enter_context(served(**settings, **shared.settings))
-        joined(api, 2)
+        joined(api, 1)
         assert api.post("/heads", json=taught("crops")).status_code == 201
         for path, sent, data in cases:
             # Synchronous requests are computed in the service.
@@ -147,23 +148,13 @@ class Tile:
         server.before = self._record
         (server.folder / "tile").mkdir()
         write_cog(server.folder / "tile.tif", SIDE, BLOCK, Window(0, 0, SIDE, SIDE))
-        self.names = tile_stack(server.folder, server.folder / "tile.tif", 4)
-        self.workers: list[Worker] = []
+        self.names = tile_stack(server.folder, server.folder / "tile.tif", 2)
         self.by_workers = 0
         self.by_others = 0
         self._bodies = 0
 
     def _record(self, request: BaseHTTPRequestHandler) -> bool:
-        # A handler has one connection, and looking up whose it is takes longer than a request.
-        known = vars(request)
-        if "of_worker" not in known:
-            port = request.client_address[1]
-            known["of_worker"] = port in {
-                connection.laddr.port
-                for worker in self.workers
-                for connection in psutil.Process(worker.process.process.pid).net_connections("tcp")
-            }
-        if known["of_worker"]:
+        if request.headers[BY_WORKER]:
             self.by_workers += 1
         else:
             self.by_others += 1
@@ -205,9 +196,9 @@ def test_workers_fetch_the_blocks_of_their_windows(zoo: Path, tile: Tile, tmp_pa
     ]
     with ExitStack() as stack:
         fleet = fetching(tmp_path, zoo, stack)
-        tile.workers = [fleet.cluster.join() for _ in range(2)]
+        fleet.cluster.join()
         api = stack.enter_context(served(**fleet.settings))
-        joined(api, 2)
+        joined(api, 1)
         for path, options in cases:
             expected = api.post(path, json=tile.body(**options))
             assert expected.status_code == 200, expected.text
@@ -276,7 +267,6 @@ def test_a_worker_that_may_not_read_from_the_host_is_refused(
     with ExitStack() as stack:
         fleet = fetching(tmp_path, zoo, stack)
         closed = fleet.cluster.join(PIMC_ALLOWED_HOSTS="data.example.org")
-        tile.workers = [closed]
         api = stack.enter_context(served(**fleet.settings))
         joined(api, 1)
         body = tile.body(bbox=degrees(PART))
@@ -315,7 +305,7 @@ def test_the_windows_of_workers_are_in_the_trace_of_the_job(
             run = spans.one("run", spans.one("job classify-pixels"))
             return spans.named("window", spans.one("cluster", run))
 
-        assert count == 10
+        assert count == WINDOWS
         assert soon(lambda: len(windows()) == count), [one.name for one in Spans(received).all]
         spans = Spans(received)
         of_job = spans.one("job classify-pixels")

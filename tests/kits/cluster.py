@@ -3,7 +3,8 @@
     python -m tests.kits.cluster FOLDER SCHEDULER [VERSION [int8]]    runs a worker
 
 A worker has a folder of its own. It appends each window that it begins to the file `windows`, and
-then waits at the gate `gate` if the window is of the held model.
+then waits at the gate `gate` if the window is of the held model. Its requests for remote files have
+the header `BY_WORKER`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from tests.kits.patience import soon
 from tests.kits.process import Process
 
 _QUIET = ["--no-dashboard"]
+BY_WORKER = "X-Test-Worker"
+"""Header of a worker's requests for remote files."""
 
 
 @dataclass
@@ -202,6 +205,7 @@ def _work(folder: Path, address: str, version: str, *, int8: bool) -> None:
 
     from service.infer import session
     from service.infer.engine import load_models
+    from service.read.connect import Connections
     from service.run import worker as tasks
     from service.run.pixels import PixelStages
 
@@ -221,6 +225,12 @@ def _work(folder: Path, address: str, version: str, *, int8: bool) -> None:
             return read(stages, window)
 
         stack.enter_context(patch.object(PixelStages, "read", counted))
+        send = Connections._send
+
+        def named(web: Any, remote: Any, method: str, headers: Any, content: Any) -> Any:
+            return send(web, remote, method, {**headers, BY_WORKER: "1"}, content)
+
+        stack.enter_context(patch.object(Connections, "_send", named))
         main(
             [
                 *(address, "--nthreads", "1", "--no-nanny", "--host", "127.0.0.1", *_QUIET),
