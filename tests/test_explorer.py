@@ -64,7 +64,10 @@ def choose(page: Page, folder: Path) -> None:
     page.wait_for_selector(".leaflet-picture-pane canvas")
 
 
-def run(page: Page) -> None:
+def run(page: Page, *, model: str | None = HELD) -> None:
+    """Run the page's task by a tiny model, which is done at once; None for the page's choice."""
+    if model is not None:
+        page.select_option("#model", model)
     page.click("#run")
     page.wait_for_selector(".leaflet-result-pane canvas")
 
@@ -130,7 +133,7 @@ def test_from_the_demo_to_a_map_a_pixel_and_a_file(page: Page, folder: Path) -> 
     expect(page.locator("#stack-facts")).to_contain_text("from 2021-01-01 to 2021-08-01")
     expect(page.locator("#findings")).to_contain_text("8 dates")
     expect(page.locator("#findings")).to_contain_text("no_cloud_mask")
-    run(page)
+    run(page, model=None)
     # Each pixel has the colour that the model's card gives to the class in the file.
     np.testing.assert_array_equal(colours(page, "result"), coloured(downloaded(page)))
     with page.expect_download() as download:
@@ -160,7 +163,7 @@ def test_a_forecast_is_shown_with_its_backtest(page: Page, tmp_path: Path) -> No
     stack(tmp_path, 16, 16, dates=12)
     choose(page, tmp_path)
     page.select_option("#task", "forecast")
-    run(page)
+    run(page, model=None)
     expect(page.locator("#band option")).to_have_count(30)
     assert colours(page, "result").shape == (16, 16, 4)
     summary = page.locator("#result-body .backtest")
@@ -293,6 +296,7 @@ def test_fields_are_drawn_and_described(page: Page, folder: Path, tmp_path: Path
     path = tmp_path / "fields.geojson"
     path.write_text(json.dumps({"type": "FeatureCollection", "features": [field]}))
     page.set_input_files("#fields", path)
+    page.select_option("#model", HELD)
     page.click("#run")
     page.wait_for_selector(".leaflet-result-pane path")
     page.click("#map", position={"x": 400, "y": 400})
@@ -315,7 +319,7 @@ def test_labelled_places_become_a_model(page: Page, folder: Path) -> None:
     page.click("#teach-run")
     expect(page.locator("#teach-score")).to_contain_text("'two-sides' is ready: macro-F1")
     expect(page.locator("#model")).to_have_value("two-sides")
-    run(page)
+    run(page, model=None)
     expect(page.locator("#legend")).to_have_text("leftright")
 
 
@@ -472,16 +476,18 @@ def test_by_keyboard_alone(page: Page) -> None:
     page.wait_for_selector("#pixel-body .chart")
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_at_the_width_of_a_phone(
-    browser: Browser, api: httpx.Client, folder: Path, dark: bool
-) -> None:
-    page = opened(browser, str(api.base_url), width=380, height=800, dark=dark)
+def test_at_the_width_of_a_phone(browser: Browser, api: httpx.Client, folder: Path) -> None:
+    page = opened(browser, str(api.base_url), width=380, height=800)
     choose(page, folder)
     run(page)
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= 380
-    accessible(page)
+    grounds = set()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        accessible(page)
+    assert len(grounds) == 2
     page.context.close()
 
 
@@ -609,8 +615,28 @@ def test_only_the_origin_of_the_tiles_is_allowed(
 # Coordinates ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("epsg", [4326, 3857, 3035, 32631, 32760])
-def test_coordinates_are_those_of_proj(page: Page, epsg: int) -> None:
+def test_coordinates_are_those_of_proj(page: Page) -> None:
+    for epsg in (4326, 3857, 3035, 32631, 32760):
+        places = places_of(epsg)
+        there = Transformer.from_crs("EPSG:4326", f"EPSG:{epsg}", always_xy=True)
+        expected = np.stack(there.transform(*places.T), axis=1)
+        found, back = page.evaluate(
+            """async ([epsg, places]) => {
+                const { projection } = await import(new URL("explorer/geo.js", document.baseURI));
+                const { fromLonLat, toLonLat } = projection(epsg);
+                const found = places.map((place) => fromLonLat(...place));
+                return [found, found.map((place) => toLonLat(...place))];
+            }""",
+            [epsg, places.tolist()],
+        )
+        about = f"EPSG:{epsg}"
+        atol = 1e-8 if epsg == 4326 else 0.001
+        np.testing.assert_allclose(found, expected, atol=atol, err_msg=about)
+        np.testing.assert_allclose(back, places, atol=1e-8, err_msg=about)
+
+
+def places_of(epsg: int) -> np.ndarray[Any, Any]:
+    """Random longitudes and latitudes (50, 2) in the area of a CRS."""
     random = np.random.default_rng(epsg)
     zone = epsg % 100 if epsg > 32600 and epsg != 4326 else 31
     south = epsg > 32700
@@ -618,16 +644,4 @@ def test_coordinates_are_those_of_proj(page: Page, epsg: int) -> None:
     lat = random.uniform(-80, 0, 50) if south else random.uniform(0, 84, 50)
     if epsg == 3035:
         lon, lat = random.uniform(-20, 40, 50), random.uniform(30, 70, 50)
-    there = Transformer.from_crs("EPSG:4326", f"EPSG:{epsg}", always_xy=True)
-    expected = np.stack(there.transform(lon, lat), axis=1)
-    found, back = page.evaluate(
-        """async ([epsg, places]) => {
-            const { projection } = await import(new URL("explorer/geo.js", document.baseURI));
-            const { fromLonLat, toLonLat } = projection(epsg);
-            const found = places.map((place) => fromLonLat(...place));
-            return [found, found.map((place) => toLonLat(...place))];
-        }""",
-        [epsg, np.stack([lon, lat], axis=1).tolist()],
-    )
-    np.testing.assert_allclose(found, expected, atol=1e-8 if epsg == 4326 else 0.001)
-    np.testing.assert_allclose(back, np.stack([lon, lat], axis=1), atol=1e-8)
+    return np.stack([lon, lat], axis=1)
