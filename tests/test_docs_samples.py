@@ -19,9 +19,11 @@ from types import ModuleType
 
 import pytest
 import typer.main
+from rasterio.windows import Window
 
 from benchmarks.serving import served
 from tests.kits.programs import require
+from tests.kits.rasters import crop
 from training.__main__ import app as training
 
 pytestmark = pytest.mark.slow
@@ -76,9 +78,16 @@ def url() -> Iterator[str]:
 def checkout(
     tmp_path_factory: pytest.TempPathFactory, demo: ModuleType, romania: tuple[Path, Path]
 ) -> Path:
-    """A folder with `demo/stack`, and a reader's own stack of one year in `my-stack`."""
+    """A folder with `demo/stack`, and a reader's own stack of one year in `my-stack`.
+
+    Both hold one patch of the demo's area, as most samples compute on the whole stack. The whole
+    area is in `whole`, for the page whose places of labels lie all over it.
+    """
     folder = tmp_path_factory.mktemp("checkout")
-    paths = demo.to_geotiffs(romania[0], folder / "demo" / "stack")
+    whole = demo.to_geotiffs(romania[0], folder / "whole" / "demo" / "stack")
+    stack = folder / "demo" / "stack"
+    stack.mkdir(parents=True)
+    paths = [crop(path, Window(20, 20, 64, 64), stack / path.name) for path in whole]
     (folder / "my-stack").mkdir()
     for path in paths:
         if path.stem.startswith("S2_2018"):
@@ -97,7 +106,7 @@ def test_python_samples_run(page: Path, checkout: Path, url: str) -> None:
     program = "\n".join(blocks(page, "python")).replace(ADDRESS, url)
     done = subprocess.run(
         [sys.executable, "-W", "error::SyntaxWarning", "-c", program],
-        cwd=checkout,
+        cwd=checkout / "whole" if page.stem == "own-classes" else checkout,
         env={"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import rasterio
 from affine import Affine
+from rasterio.windows import Window
 
 from service.read.geotiff import SourceFile
 
@@ -58,3 +59,25 @@ def write(
         if mask is not None:
             file.write_mask(mask)
     return SourceFile(name=path.name, path=path)
+
+
+def crop(path: Path, window: Window, to: Path | None = None) -> Path:
+    """A part of a GeoTIFF in place of it, or at another path; its names, tags and scales stay."""
+    with rasterio.open(path) as file:
+        bands = file.read(window=window)
+        profile = {**file.profile, "width": window.width, "height": window.height}
+        profile["transform"] = file.window_transform(window)
+        numbers = file.indexes
+        band_tags = {number: file.tags(number) for number in numbers}
+        kept = (file.descriptions, file.scales, file.offsets, file.tags())
+    # Blocks larger than the part would be refused.
+    for key in ("blockxsize", "blockysize", "tiled"):
+        profile.pop(key, None)
+    made = to or path
+    with rasterio.open(made, "w", **profile) as file:
+        file.write(bands)
+        file.descriptions, file.scales, file.offsets = kept[:3]
+        file.update_tags(**kept[3])
+        for number, own in band_tags.items():
+            file.update_tags(number, **own)
+    return made
