@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import gc
 import importlib.util
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +22,11 @@ from tests.kits.gate import Gate
 from tests.kits.jobs import BACKENDS, Backend
 
 ROOT = Path(__file__).parents[1]
+gc.disable()  # imports make millions of objects that stay: to look at them takes seconds
 # pyts compiles its functions whenever it is imported, which takes longer than any test of it.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+# Each HTTP client reads the list of certificate authorities, which takes longer than most requests.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 
 LONGEST = (
@@ -51,6 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Look for garbage from here on, but not among the objects of imports and tests: they stay."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

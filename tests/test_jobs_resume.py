@@ -122,38 +122,66 @@ def run(
     return {p.name: p.read_bytes() for p in folder.iterdir()}, result.document, shares
 
 
-def test_a_resumed_run_equals_an_undisturbed_run(plan: Plan, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(
+    plan: Plan, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, bytes], object]:
+    """The files and the document of the run without a journal."""
+    files, document, _ = run(plan, tmp_path_factory.mktemp("runs") / "undisturbed", None)
+    return files, document
+
+
+@pytest.fixture(scope="module")
+def saved(
+    plan: Plan,
+    undisturbed: tuple[dict[str, bytes], object],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[str, int], Arrays]:
+    """What a run saves from its first window to its last, in order; its result is the same."""
     complete = MemoryJournal()
-    files, document, _ = run(plan, tmp_path / "undisturbed", None)
-    with_journal, same, _ = run(plan, tmp_path / "journal", complete)
-    assert (with_journal, same) == (files, document)
-    steps = list(complete.saved)
-    assert len(steps) >= 5
-    for after in sorted({0, 1, len(steps) // 2, len(steps) - 1}):
-        kept = MemoryJournal(after)
-        with pytest.raises(Killed):
-            run(plan, tmp_path / f"killed-{after}", kept)
-        # No finished raster is there; the caller removes the folder with its temporary files.
-        assert not list((tmp_path / f"killed-{after}").glob("*.tif"))
-        kept.after = None
+    with_journal, same, _ = run(plan, tmp_path_factory.mktemp("runs") / "journal", complete)
+    assert (with_journal, same) == undisturbed
+    assert len(complete.saved) >= 5
+    return complete.saved
+
+
+def test_a_resumed_run_equals_an_undisturbed_run(
+    plan: Plan,
+    undisturbed: tuple[dict[str, bytes], object],
+    saved: dict[tuple[str, int], Arrays],
+    tmp_path: Path,
+) -> None:
+    half = len(saved) // 2
+    killed = MemoryJournal(half)
+    with pytest.raises(Killed):
+        run(plan, tmp_path / "killed", killed)
+    # No finished raster is there; the caller removes the folder with its temporary files.
+    assert not list((tmp_path / "killed").glob("*.tif"))
+    assert list(killed.saved) == list(saved)[:half]
+    for after in (1, half, len(saved) - 1):
+        kept = MemoryJournal()
+        kept.saved = killed.saved if after == half else dict(list(saved.items())[:after])
         executor = Counting()
-        again, document_again, shares = run(plan, tmp_path / f"again-{after}", kept, executor)
-        assert again == files
-        assert document_again == document
-        assert executor.read == steps[after:]  # type: ignore[attr-defined]
+        again, document, shares = run(plan, tmp_path / f"again-{after}", kept, executor)
+        assert (again, document) == undisturbed
+        assert executor.read == list(saved)[after:]  # type: ignore[attr-defined]
         assert shares == sorted(shares)
         assert shares[-1] == 1
 
 
-def test_windows_after_a_missing_one_are_computed_again(plan: Plan, tmp_path: Path) -> None:
-    kept = MemoryJournal()
-    files, document, _ = run(plan, tmp_path / "undisturbed", kept)
-    steps = list(kept.saved)
+def test_windows_after_a_missing_one_are_computed_again(
+    plan: Plan,
+    undisturbed: tuple[dict[str, bytes], object],
+    saved: dict[tuple[str, int], Arrays],
+    tmp_path: Path,
+) -> None:
+    steps = list(saved)
     lost = len(steps) // 2
-    del kept.saved[steps[lost]]
+    kept = MemoryJournal()
+    kept.saved = {step: arrays for step, arrays in saved.items() if step != steps[lost]}
     executor = Counting()
     again, same, _ = run(plan, tmp_path / "again", kept, executor)
-    assert (again, same) == (files, document)
+    assert (again, same) == undisturbed
     # Up to the end of that pass; the windows of later passes are not computed again.
     expected = [step for step in steps[lost:] if step[0] == steps[lost][0]]
     assert executor.read == expected  # type: ignore[attr-defined]
