@@ -761,6 +761,39 @@ def test_a_month_in_the_descriptions_of_one_file_is_named(tmp_path: Path) -> Non
         opened([file])
 
 
+SAFE = "S2A_MSIL{level}_{day}T105031_N0207_R051_T31UES_{day}T130000.SAFE/{band}.tif"
+
+
+def test_level_1c_is_named_and_level_2a_comes_first(tmp_path: Path) -> None:
+    files = [
+        in_folder(tmp_path, SAFE.format(level=level, day=day, band=band), band, t)
+        for level, day, t in (("1C", "20210105", 7), ("2A", "20210105", 1), ("1C", "20210115", 2))
+        for band in NEEDED
+    ]
+    stack = opened(files, mask="none")
+    assert band_numbers(stack) == expected(1, 2)
+    (warning,) = [one for one in stack.warnings if one.code == "top_of_atmosphere"]
+    assert "3 of 6 files ('S2A_MSIL1C_20210115T" in warning.detail
+    assert "unlike the other files" in warning.detail
+    only = opened(files[:3] + files[6:], mask="none")
+    (warning,) = only.warnings
+    assert "6 of 6 files" in warning.detail
+    assert "unlike" not in warning.detail
+    assert opened(files[3:6], mask="none").warnings == ()
+
+
+@pytest.mark.parametrize("form", ["{band}_15-01-2021", "15.01.2021 {band}", "{band}_15/01/2021"])
+def test_day_first_dates_in_all_descriptions(tmp_path: Path, form: str) -> None:
+    names = [
+        text.format(band=band) for text in (form.replace("15", "05", 1), form) for band in NEEDED
+    ]
+    pixels = bands_of(*((band, t) for t in (1, 2) for band in NEEDED))
+    file = write(tmp_path / "stack.tif", pixels, descriptions=names)
+    stack = opened([file], mask="none")
+    assert (stack.layout, stack.dates) == ("single-file", (D1, D2))
+    assert band_numbers(stack) == expected(1, 2)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_granules_of_a_day_stay_apart_in_any_order(tmp_path: Path, seed: int) -> None:
     files = [
@@ -829,7 +862,9 @@ def test_sen2rs_unnamed_bands_are_in_its_own_order(
     stack = opened(files, mask="none")
     assert band_numbers(stack) == expected(1, 2)
     codes = [w.code for w in stack.warnings]
-    assert codes == (["band_substituted"] if near_infrared == "B8A" else []) + ["bands_assumed"]
+    expected_codes = ["band_substituted"] if near_infrared == "B8A" else []
+    expected_codes += ["bands_assumed", *(["top_of_atmosphere"] if "TOA" in name else [])]
+    assert codes == expected_codes
     places = f"B02 is band 2, B04 is band 4, {near_infrared} is band 8"
     assert places in stack.warnings[-1].detail
     # Eleven bands of anyone else are in no order that is known.

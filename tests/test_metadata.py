@@ -8,6 +8,7 @@ import pytest
 
 from service.read.band_names import (
     band_of,
+    level_of,
     only_positions,
     quality_of,
     stem,
@@ -345,6 +346,24 @@ def test_a_bands_wavelength_names_it_where_no_name_does() -> None:
 )
 def test_only_positions(form: str, count: int, counted: bool) -> None:
     assert only_positions([form.format(k) for k in range(1, count + 1)]) is counted
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [
+        ("S2A_MSIL1C_20180521T105031_N0206_R051_T31UES_20180521T130000.SAFE/B04.jp2", "1C"),
+        ("S2A_MSIL2A_20180521T105031_N0207_R051_T31UES_20180521T130000.SAFE/B04.jp2", "2A"),
+        ("L2A/S2_TOA_20180521.tif", "1C"),
+        ("20180521_LEVEL2_SEN2A_BOA.tif", "2A"),
+        ("S2A1C_20180521_051_Field_TOA_10.tif", "1C"),
+        ("S2A_MSI_2018_05_21_10_50_21_T31UES_L1R_rhot_665.tif", "1C"),
+        ("2018-05-21-00_00_2018-05-21-23_59_Sentinel-2_L1C_B04_(Raw).tiff", "1C"),
+        ("T31UES_20180521T105416_B04_10m.jp2", None),
+        ("TOA_and_BOA.tif", None),
+    ],
+)
+def test_level_of(name: str, level: str | None) -> None:
+    assert level_of(name) == level
 
 
 def test_names_in_another_order_are_not_positions() -> None:

@@ -25,6 +25,7 @@ from service.read.band_names import (
     QUALITY,
     TWINS,
     band_of,
+    level_of,
     quality_of,
     stem,
     why_no_band,
@@ -156,7 +157,7 @@ def arrange(
     _check_found(query, slots, for_clouds if estimated else ())
     if layout == "file-per-band" != options.layout and all(s.file.count == 1 for s in slots):
         layout = "file-per-band-and-date"
-    granules = _granules(_finest(_with_bands(slots, query)), dated=dated)
+    granules = _granules(_surface_first(_finest(_with_bands(slots, query)), query), dated=dated)
     _check_complete(granules, query.needed)
     granules = _masked(granules, rules)
     found = [b for b in optional if all(b in granule.planes for granule in granules)]
@@ -166,6 +167,7 @@ def arrange(
         for band in (*query.needed, *found, *(_band(rule) for rule in granule.masks))
     }
     warnings += _assumed_order(layout, query, used)
+    warnings += _top_of_atmosphere(query, used) if dated else []
     warnings += _unused(query, used, options)
     warnings += [_ESTIMATED] if estimated else _missing_mask(granules, rules)
     names = dict.fromkeys(str(r) for g in granules for r in g.masks if r is not ALPHA_RULE)
@@ -254,6 +256,36 @@ def _finest(slots: Sequence[BandAssignment]) -> list[BandAssignment]:
         lesser = {word for word, better in _BETTER.items() if better in there}
         coarser |= {id(slot) for slot in own if lesser & set(_name_words(slot))}
     return [slot for slot in slots if id(slot) not in coarser]
+
+
+def _surface_first(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[BandAssignment]:
+    """The slots without imagery of level 1C on dates of which level 2A has all needed bands."""
+    of_2a: dict[date | None, set[str]] = defaultdict(set)
+    for slot in slots:
+        if level_of(slot.file.name) == "2A":
+            of_2a[slot.day] |= slot.numbers.keys()
+    days = {day for day, bands in of_2a.items() if bands.issuperset(query.needed)}
+    return [
+        slot
+        for slot in slots
+        if slot.day not in days or slot.file.is_mask or level_of(slot.file.name) != "1C"
+    ]
+
+
+def _top_of_atmosphere(query: LayoutQuery, used: set[int]) -> list[StackWarning]:
+    """The warning that files hold reflectance at the top of the atmosphere."""
+    files = [file for file in query.files if id(file.header) in used and not file.is_mask]
+    names = [file.name for file in files if level_of(file.name) == "1C"]
+    if not names:
+        return []
+    mixed = "" if len(names) == len(files) else ", unlike the other files, so that dates differ"
+    detail = (
+        f"{len(names)} of {counted(len(files), 'file')} ({_quoted(names, 2)}) hold reflectance at "
+        f"the top of the atmosphere (level 1C), according to their names{mixed}; it is brighter in "
+        "blue and red than that of the surface (level 2A), and NDVI is lower: give level 2A, "
+        "unless the model's card names level 1C in its training data"
+    )
+    return [StackWarning(code="top_of_atmosphere", detail=detail)]
 
 
 def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[StackWarning]:

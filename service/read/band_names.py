@@ -66,6 +66,11 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
     }.items()
     for phrase in phrases.split("|")
 }
+_LEVELS: Mapping[str, frozenset[str]] = {
+    "1C": frozenset(["l1c", "msil1c", "s2a1c", "s2b1c", "s2c1c", "s2d1c", "toa", "rhot"]),
+    "2A": frozenset(["l2a", "msil2a", "s2a2a", "s2b2a", "s2c2a", "s2d2a", "boa", "toc", "rhos"]),
+}
+"""Words in names of products and files that state a level."""
 _FORCE_NARROW = re.compile(r"_TSA_SEN2[A-Z]*_NIR(?:_|$)")
 _BROWSER = re.compile(r"\d{4}-\d\d-\d\d[-_]\d\d[-:_]\d\d_.*[_ ]\(Raw\)$")
 _LONGEST_PHRASE = max(map(len, _PHRASES))
@@ -346,6 +351,23 @@ def of_the_browser(name: str) -> bool:
     factor of raw bands; Sentinel Hub documentation, harmonizeValues).
     """
     return bool(_BROWSER.search(stem(name)))
+
+
+def level_of(name: str) -> str | None:
+    """The level of Sentinel-2 reflectance that a file's name, else one of its folders, states.
+
+    Args:
+        name: the file's name with its folders.
+
+    Returns:
+        `1C` for the top of the atmosphere, `2A` for the surface, None if neither is stated.
+    """
+    for part in reversed(name.split("/")):
+        words = set(_words(part))
+        found = [level for level, own in _LEVELS.items() if own & words]
+        if len(found) == 1:
+            return found[0]
+    return None
 
 
 def quality_of(text: str | None) -> str | None:
