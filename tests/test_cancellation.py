@@ -6,8 +6,10 @@ server has noticed, and counts how often the loop goes on.
 
 from __future__ import annotations
 
+import base64
 import functools
 import importlib
+import json
 import socket
 import threading
 import zipfile
@@ -23,7 +25,7 @@ import rasterio.warp
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
-from service.api import disconnect
+from service.api import disconnect, json_pieces, processes
 from service.infer.model import LoadedModel
 from service.run import windows
 from tests.kits.jobs import ASYNC, waited
@@ -157,8 +159,12 @@ def noticed(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 def sent(path: str, body: dict[str, Any]) -> bytes:
     """A request, as bytes of HTTP."""
-    request = httpx.Request("POST", f"http://here{path}", json=body)
-    head = f"POST {path} HTTP/1.1\r\n" + "".join(
+    return raw(httpx.Request("POST", f"http://here{path}", json=body))
+
+
+def raw(request: httpx.Request) -> bytes:
+    """A request, as bytes of HTTP."""
+    head = f"POST {request.url.raw_path.decode()} HTTP/1.1\r\n" + "".join(
         f"{name}: {value}\r\n" for name, value in request.headers.items()
     )
     return f"{head}Connection: close\r\n\r\n".encode() + request.read()
@@ -333,6 +339,73 @@ def test_one_long_body_is_parsed_at_a_time_and_none_whose_client_has_left(
     opened.set()
     assert soon(lambda: "pimc_requests_in_flight 1.0" in api.get("/metrics").text)
     assert gate.calls == 1
+
+
+def form(path: str, folder: Path, **parameters: str) -> httpx.Request:
+    files = [
+        ("files", (one.name, one.read_bytes(), "image/tiff"))
+        for one in sorted(folder.glob("*.tif"))
+    ]
+    return httpx.Request("POST", f"http://here{path}", data=parameters, files=files)
+
+
+def execution(folder: Path) -> httpx.Request:
+    files = [
+        {"value": base64.b64encode(one.read_bytes()).decode()}
+        for one in sorted(folder.glob("*.tif"))
+    ]
+    dates = [f"2021-{month:02}-05" for month in range(1, DATES + 1)]
+    path = "http://here/processes/classify-pixels/execution"
+    return httpx.Request("POST", path, json={"inputs": {"files": files, "dates": dates}})
+
+
+BODIES: dict[str, tuple[Callable[[Path], httpx.Request], str]] = {
+    "series": (
+        lambda _: httpx.Request("POST", "http://here/embed", json={"series": SERIES}),
+        "service.api.json_pieces:check_connected",
+    ),
+    "points of a form": (
+        lambda folder: form("/classify-pixels", folder, points=json.dumps(POINTS)),
+        "service.api.json_pieces:check_connected",
+    ),
+    "values of an execution": (
+        lambda _: httpx.Request(
+            "POST", "http://here/processes/embed/execution", json={"inputs": {"series": SERIES}}
+        ),
+        "service.api.routes.processes:check_connected",
+    ),
+    "files in base64": (execution, "service.api.processes:check_connected"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BODIES)
+def test_a_body_is_no_longer_parsed_once_the_client_has_left(
+    api: httpx.Client,
+    folder: Path,
+    noticed: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+) -> None:
+    monkeypatch.setattr(disconnect, "SHORT_BODY", 0)
+    monkeypatch.setattr(json_pieces, "PIECE_BYTES", 100)
+    monkeypatch.setattr(processes, "_CHARACTERS", 1000)
+    make, where = BODIES[case]
+    request = make(folder)
+    content = request.read()
+    whole, gate = Gate(noticed), Gate(noticed, holds=True)
+    with monkeypatch.context() as counting:
+        patched(counting, where, whole)
+        kind = {"Content-Type": request.headers["Content-Type"]}
+        response = api.post(request.url.path, content=content, headers=kind)
+        assert response.status_code == 200, response.text
+    patched(monkeypatch, where, gate)
+    with connected(api) as caller:
+        caller.sendall(raw(request))
+        assert gate.reached.wait(PATIENCE)
+    assert noticed.wait(PATIENCE)
+    assert soon(lambda: "pimc_requests_in_flight 1.0" in api.get("/metrics").text)
+    assert gate.calls == 1 < whole.calls / 10, (gate.calls, whole.calls)
 
 
 @pytest.mark.slow

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.api import json_pieces, schemas
+from service.api import json_pieces, processes, schemas
+from service.api.processes import Binary
 from service.api.schemas import (
     read_execute,
     read_head_items,
     read_head_series,
     read_items,
+    read_parameters,
     read_series,
     read_stac,
 )
@@ -57,6 +61,10 @@ READERS: dict[str, tuple[Callable[[bytes], Any], dict[str, Any]]] = {
     "points": (
         read_body,
         {"points": POINTS, "items": ITEMS},
+    ),
+    "points of a form": (
+        lambda text: read_parameters("embed", {"points": (text.decode(),), "modality": ("pixel",)}),
+        POINTS,
     ),
     "fields": (
         read_body,
@@ -195,6 +203,44 @@ def test_more_values_than_any_entry_may_have_are_not_parsed(
     monkeypatch.setattr(schemas.ClassifySeries, "model_validate_json", parsed)
     with pytest.raises(InvalidRequest, match=r"about 30000\d values, and at most 200000"):
         read_series("classify-pixels", text)
+
+
+@pytest.mark.parametrize("name", ["area", "dates", "bbox", "subscriber", "unknown"])
+def test_more_values_than_parameters_may_have_are_not_parsed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(*_: object) -> None:
+        pytest.fail("the form was parsed")
+
+    monkeypatch.setattr(schemas.EmbedForm, "model_validate", parsed)
+    with pytest.raises(InvalidRequest, match=rf"{name}: about 300000 values, and at most 200000"):
+        read_parameters("embed", {name: ("[" + "1," * 300_000 + "1]",), "modality": ("pixel",)})
+
+
+def test_a_point_of_a_form_has_no_more_values_than_any_entry() -> None:
+    heavy = {**POINT, "properties": {"n": [1] * 300_000}}
+    text = json.dumps({**POINTS, "features": [heavy]})
+    with pytest.raises(InvalidRequest, match=r"points: entry 0 or one of the next has about 30000"):
+        read_parameters("embed", {"points": (text,)})
+
+
+def test_base64_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = random.Random(1).randbytes(1000)  # noqa: S311 - no secret
+    text = base64.b64encode(content).decode()
+    path = tmp_path / "file"
+    for size in (4, 8, 1024, 2**16):
+        monkeypatch.setattr(processes, "_CHARACTERS", size)
+        assert Binary(text=text, field="f").write(path) == len(content)
+        assert path.read_bytes() == content
+        for wrong in (
+            text[:8] + "=" + text[9:], text[:7] + "=" + text[8:], text[:-1], text + "=",
+            text + "AAAA", text[:9] + " " + text[10:], text[:9] + "\n" + text[10:],
+            text[:9] + "é" + text[10:], text[:9] + "_" + text[10:], "%%%",
+        ):  # fmt: skip
+            with pytest.raises(InvalidRequest, match="not valid base64"):
+                Binary(text=wrong, field="f").write(path)
+        with pytest.raises(InvalidRequest, match="empty"):
+            Binary(text="", field="f").write(path)
 
 
 def test_no_call_of_the_parser_reads_more_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:

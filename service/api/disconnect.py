@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
 import anyio
@@ -16,8 +17,10 @@ from service.errors import Cancelled
 
 Result_co = TypeVar("Result_co", covariant=True)
 Result = TypeVar("Result")
-SHORT_BODY = 2**20
+SHORT_BODY = 2**18
 """Largest size of a body that is parsed at once, bytes."""
+_GONE: ContextVar[threading.Event | None] = ContextVar("gone", default=None)
+"""Set once the client of the request has disconnected; of this task and the threads it starts."""
 
 
 class Run(Protocol[Result_co]):
@@ -32,10 +35,34 @@ class Run(Protocol[Result_co]):
         ...
 
 
+def check_connected() -> None:
+    """Stop reading a request whose client has disconnected; called between pieces of the work.
+
+    Raises:
+        Cancelled: the client disconnected.
+    """
+    gone = _GONE.get()
+    if gone is not None and gone.is_set():
+        raise Cancelled("the client disconnected while its request was read")
+
+
+async def in_turn(
+    parse: Callable[[], Result], *, size: int, turns: anyio.CapacityLimiter
+) -> Result:
+    """Parse or write JSON in a thread; a long text in turn, as Python runs one thread at a time.
+
+    Args:
+        parse: the work.
+        size: size of the text, bytes.
+        turns: limiter of the threads that parse long bodies.
+    """
+    return await to_thread.run_sync(parse, limiter=turns if size > SHORT_BODY else None)
+
+
 async def parse_body(
     request: Request, parse: Callable[[], Result], *, size: int, turns: anyio.CapacityLimiter
 ) -> Result:
-    """Parse a body in a thread; a long one in turn, and only if the client is still connected.
+    """Parse a body in a thread; a long one in turn, and for as long as the client stays connected.
 
     Args:
         request: the request, whose body has been read to the end.
@@ -46,9 +73,8 @@ async def parse_body(
     Raises:
         Cancelled: the client disconnected before the body was parsed.
     """
-    if size <= SHORT_BODY:
-        return await to_thread.run_sync(parse)
-    return await unless_gone(request, to_thread.run_sync(parse, limiter=turns))
+    parsing = in_turn(parse, size=size, turns=turns)
+    return await (parsing if size <= SHORT_BODY else unless_gone(request, parsing))
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
@@ -62,12 +88,14 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
         Cancelled: the client disconnected before the work was done.
     """
     gone = threading.Event()
+    outer = _GONE.set(gone)
     with anyio.CancelScope() as working:
         watcher = asyncio.create_task(_watch_disconnect(request, gone, working))
         try:
             return await work
         finally:
             watcher.cancel()
+            _GONE.reset(outer)
     raise Cancelled("the client disconnected while its request was read")
 
 

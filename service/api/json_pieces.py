@@ -16,8 +16,9 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic_core import InitErrorDetails, from_json
 
+from service.api.disconnect import check_connected
 from service.errors import InvalidRequest
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -26,15 +27,15 @@ PIECE_BYTES = 2**16
 
 MOST_FAULTS = 10_000
 """Number of invalid values beyond which none is listed: each takes a kilobyte to describe."""
-_MOST_VALUES = 200_000
+MOST_VALUES = 200_000
 """Largest number of values that are parsed in one call; a series of 10,000 dates and 13 bands has
 140,000."""
 
 _TEXT = rb'"(?:[^"\\]++|\\.)*+"'
 _SPACE = re.compile(rb"[ \t\n\r]*+")
 _NAME = re.compile(rb"[ \t\n\r]*+(" + _TEXT + rb")[ \t\n\r]*+:[ \t\n\r]*+", re.DOTALL)
-_SCALAR = re.compile(_TEXT + rb'|[^"{}\[\],: \t\n\r]++', re.DOTALL)
-_LONG_TEXT = re.compile(_TEXT, re.DOTALL)
+_SCALAR = re.compile(rb'[^"{}\[\],: \t\n\r]++')
+_IN_TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _WITHOUT_BRACKETS = re.compile(rb'(?:[^"{}\[\]]++|' + _TEXT + rb")*+", re.DOTALL)
 _SCALARS = re.compile(rb'(?:(?:[^",{}\[\]]++|' + _TEXT + rb")*+,)*+", re.DOTALL)
 
@@ -100,6 +101,7 @@ def validate(
         ValidationError: the body is not valid.
         Faults: the same, found in pieces.
         InvalidRequest: an entry, or all that is not in a long list, has too many values.
+        Cancelled: the client disconnected.
     """
     if is_long(text):
         found = _in_pieces(model, text, lists, documents)
@@ -136,14 +138,13 @@ def _in_pieces(
         if read is None:
             return None
         entries, number = read
-        # Of too many entries as many as cause the error about it.
-        checked = long.most is not None and not faults.count
-        stand_ins = min(number, (long.most or 0) + 1 if checked else 1)
+        if long.most is not None and number > long.most and not faults.count:
+            faults.add(_too_long(long.path, long.most))
         beside -= 0 if long.path[0] in documents else _values(text, where)
         filled.append((long.path, entries))
-        replaced.append((where, b"[" + b",".join([long.stand_in] * stand_ins) + b"]"))
-    if beside > _MOST_VALUES:
-        raise InvalidRequest.of("body", _too_many(beside))
+        replaced.append((where, b"[" + (long.stand_in if number else b"") + b"]"))
+    if beside > MOST_VALUES:
+        raise InvalidRequest.of("body", too_many(beside))
     if not filled:
         return None
     try:
@@ -183,8 +184,8 @@ def _entries(
                 return None
             continue
         values = piece.count(b",")
-        if long.bounded and values > _MOST_VALUES:
-            near = f"entry {number} or one of the next has {_too_many(values)}"
+        if long.bounded and values > MOST_VALUES:
+            near = f"entry {number} or one of the next has {too_many(values)}"
             raise InvalidRequest.of(".".join(long.path), near)
         try:
             some = long.entries.validate_json(piece)
@@ -242,12 +243,23 @@ def _malformed(error: ValidationError) -> bool:
     return error.error_count() == 1 and error.errors()[0]["type"] == "json_invalid"
 
 
+def _too_long(path: tuple[str, ...], most: int) -> ValidationError:
+    """The error of a list that has too many entries."""
+    context = {"field_type": "List", "max_length": most, "actual_length": most + 1}
+    line: InitErrorDetails = {"type": "too_long", "loc": path, "input": None, "ctx": context}
+    return ValidationError.from_exception_data("", [line], input_type="json")
+
+
 def _values(text: bytes, where: Value) -> int:
     return text.count(b",", where.begin, where.end)
 
 
-def _too_many(values: int) -> str:
-    return f"about {values} values, and at most {_MOST_VALUES} are allowed: send several requests"
+def too_many(values: int) -> str:
+    """The message about too many values."""
+    return (
+        f"about {values} values, and at most {MOST_VALUES} are allowed: send several requests, or "
+        "simplify the geometry"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +295,7 @@ def members(text: bytes, within: Value | None = None) -> Mapping[str, Value] | N
         return None
     found: dict[str, Value] = {}
     while name := _NAME.match(text, at + 1):
+        check_connected()
         value = _value(text, name.end())
         key = _decoded(name[1])
         if value is None or key is None:
@@ -304,6 +317,7 @@ def _pieces(text: bytes, value: Value) -> Iterator[bytes]:
         value: where the list is.
     """
     for begin, end in pairwise([value.begin, *value.cuts, value.end - 1]):
+        check_connected()
         yield b"[" + text[begin + 1 : end] + b"]"
 
 
@@ -321,6 +335,9 @@ def _decoded(name: bytes) -> str | None:
 
 def _value(text: bytes, begin: int) -> Value | None:
     """The value that begins at a position; None if it does not end."""
+    if text[begin : begin + 1] == b'"':
+        end = _end_of_text(text, begin)
+        return None if end is None else Value(begin=begin, end=end)
     if text[begin : begin + 1] not in (b"[", b"{"):
         scalar = _SCALAR.match(text, begin)
         return None if scalar is None else Value(begin=begin, end=scalar.end())
@@ -328,6 +345,7 @@ def _value(text: bytes, begin: int) -> Value | None:
     at = last = begin + 1
     while at < len(text):
         if in_list and depth == 1:
+            check_connected()
             at = _matched(_SCALARS, text, at)
             if at - last >= PIECE_BYTES and text[at - 1 : at] == b",":
                 cuts.append(at - 1)
@@ -335,10 +353,10 @@ def _value(text: bytes, begin: int) -> Value | None:
         at = _matched(_WITHOUT_BRACKETS, text, at)
         byte = text[at : at + 1]
         if byte == b'"':  # a text at the end of a piece, longer than one, or without an end
-            long = _LONG_TEXT.match(text, at)
-            if long is None:
+            end = _end_of_text(text, at)
+            if end is None:
                 return None
-            at = long.end()
+            at = end
         elif byte in (b"[", b"{"):
             depth += 1
             at += 1
@@ -347,6 +365,17 @@ def _value(text: bytes, begin: int) -> Value | None:
             at += 1
             if depth == 0:
                 return Value(begin=begin, end=at, cuts=cuts)
+    return None
+
+
+def _end_of_text(text: bytes, begin: int) -> int | None:
+    """The end of the text that begins at a position; None if it does not end."""
+    at, last = begin + 1, begin
+    while last < at < len(text):
+        check_connected()
+        last, at = at, _matched(_IN_TEXT, text, at)
+        if text[at : at + 1] == b'"':
+            return at + 1
     return None
 
 

@@ -7,7 +7,9 @@ parameter completes "NAME: …"; "default" states what holds if the parameter is
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date, datetime
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
@@ -29,7 +31,16 @@ from pydantic import (
 )
 
 from models.card import Modality, ModelCard, Task
-from service.api.json_pieces import MOST_FAULTS, Faults, LongList, is_long, members, validate
+from service.api.json_pieces import (
+    MOST_FAULTS,
+    MOST_VALUES,
+    Faults,
+    LongList,
+    is_long,
+    members,
+    too_many,
+    validate,
+)
 from service.errors import MOST_ERRORS, ForbiddenReference, InvalidRequest, shown
 from service.infer.smooth import MAX_RADIUS
 from service.read.geotiff import SourceFile
@@ -1675,10 +1686,12 @@ def read_head_parameters(raw: Mapping[str, Sequence[str]]) -> HeadForm:
 
 def _read_form(model: type[_Form], raw: Mapping[str, Sequence[str]]) -> _Form:
     given: dict[str, object] = {}
+    counts = Counter[str]()
     for name, values in raw.items():
         filled = [value for value in values if value.strip()]
         if name not in _VECTORS:
             _check_texts(filled)
+            counts[name] = sum(value.count(",") for value in filled)
         if name in _LISTED:
             given[name] = filled
         elif name == "mask":
@@ -1687,7 +1700,45 @@ def _read_form(model: type[_Form], raw: Mapping[str, Sequence[str]]) -> _Form:
             raise InvalidRequest.of(name, f"sent {len(filled)} times, but it takes one value")
         elif filled or name not in model.model_fields:
             given[name] = "".join(filled)
-    return _checked(model, {name: value for name, value in given.items() if value != []})
+    counts.pop("points", None)  # which are parsed in pieces
+    if counts.total() > MOST_VALUES:
+        [(name, count)] = counts.most_common(1)
+        raise InvalidRequest.of(shown(name), too_many(count))
+    given = {name: value for name, value in given.items() if value != []}
+    points = given.get("points")
+    if points is None or "points" not in model.model_fields:
+        return _checked(model, given)
+    return _with_points(model, given, str(points).encode())
+
+
+def _with_points(model: type[_Form], given: Mapping[str, object], text: bytes) -> _Form:
+    """Validate a form with points, which are parsed in pieces.
+
+    Args:
+        model: type of the form.
+        given: its parameters.
+        text: its parameter `points`, GeoJSON.
+
+    Raises:
+        InvalidRequest: parameters are not valid; the error lists each.
+    """
+    faults, points, form = Faults(), None, None
+    try:
+        points = validate(PointCollection, text, (_POINTS,), documents=())
+    except ValidationError as error:
+        faults.add(error)
+    except Faults as found:
+        faults = found
+    except InvalidRequest as error:
+        raise InvalidRequest.of("points", error.errors[0]["detail"]) from error
+    faults.errors = [{**one, "loc": ("points", *one["loc"])} for one in faults.errors]
+    try:
+        form = model.model_validate({**given, "points": _ONE_POINT})
+    except ValidationError as error:
+        faults.add(error)
+    if form is None or points is None:
+        raise _rejection(faults, model)
+    return form.model_copy(update={"points": points})
 
 
 Items = tuple[tuple[ItemBody, ...], RasterForm]
@@ -1909,7 +1960,7 @@ def _rejection(faults: Faults, model: type[BaseModel]) -> InvalidRequest:
     return invalid_request(faults.errors, model.model_fields)
 
 
-_DOCUMENTS = frozenset({"fields", "labels", "stac", "inputs", "area"})
+_DOCUMENTS = frozenset({"fields", "labels", "stac", "inputs"})
 """Parameters whose values are documents, with limits of their own."""
 _SERIES_LIST = LongList(
     path=("series",),
@@ -1921,13 +1972,14 @@ _LABELLED_LIST = LongList(
     entries=TypeAdapter(list[LabelledEntry]),
     stand_in=b'{"class": "", "dates": ["2021-01-01"]}',
 )
-_POINT_LIST = LongList(
-    path=("points", "features"),
+_POINTS = LongList(
+    path=("features",),
     entries=TypeAdapter(Annotated[list[PointFeature], Field(fail_fast=True)]),
     stand_in=b'{"type": "Feature", "geometry": {"type": "Point", "coordinates": [0, 0]}}',
     most=MAX_POINTS,
     fails_fast=True,
 )
+_ONE_POINT = f'{{"type": "FeatureCollection", "features": [{_POINTS.stand_in.decode()}]}}'
 _PLAIN = TypeAdapter(list[Any])
 _INPUT_LIST = LongList(path=("inputs", "series"), entries=_PLAIN, stand_in=b"null")
 
@@ -1944,7 +1996,7 @@ def _long_lists(model: type[BaseModel]) -> tuple[LongList, ...]:
         LongList(path=(name, "features"), entries=_PLAIN, stand_in=b"null", bounded=False)
         for name in ("fields", "labels", "stac")
     )
-    lists = (_POINT_LIST, *documents)
+    lists = (replace(_POINTS, path=("points", "features")), *documents)
     return tuple(long for long in lists if long.path[0] in model.model_fields)
 
 

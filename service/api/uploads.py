@@ -69,6 +69,11 @@ class Form:
     vectors: Mapping[str, SourceFile] = field(default_factory=dict)
     """Parts with points or polygons that were sent as files, by name."""
 
+    @property
+    def text_size(self) -> int:
+        """Number of characters of all values."""
+        return sum(len(text) for texts in self.fields.values() for text in texts)
+
 
 def media_type(request: Request) -> str:
     """The body's media type without parameters: `FORM` or `JSON`.

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from service.api.admission import Admitted
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder, root_of
-from service.api.disconnect import run_watched, unless_gone
+from service.api.disconnect import parse_body, run_watched, unless_gone
 from service.api.openapi import HEAD, HEAD_BODY, problems
 from service.api.responses import server_timing, warning_headers
 from service.api.routes.tasks import (
@@ -153,7 +153,12 @@ async def _read_request(
     """
     if media_type(request) == FORM:
         form = await read_form(request, folder, app.limits, admitted, LABELS)
-        parameters = await to_thread.run_sync(read_head_parameters, form.fields)
+        parameters = await parse_body(
+            request,
+            partial(read_head_parameters, form.fields),
+            size=form.text_size,
+            turns=app.admission.parsers,
+        )
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         labels = form.vectors.get(LABELS) or await vector_file(LABELS, parameters.labels, folder)

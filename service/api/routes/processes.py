@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
@@ -31,7 +31,7 @@ from service.api.dependencies import (
     Preferences,
     root_of,
 )
-from service.api.disconnect import SHORT_BODY, parse_body, unless_gone
+from service.api.disconnect import check_connected, in_turn, parse_body, unless_gone
 from service.api.openapi import EXECUTION, EXECUTION_BODY, RESULTS, problems
 from service.api.problems import problem
 from service.api.processes import (
@@ -94,6 +94,9 @@ from service.run.request import Runnable, TaskRequest
 from service.write.predictions import ATTRIBUTION
 
 _MONITOR = "monitor"
+_FREED_AT_ONCE = 100
+"""Number of entries of a list that are freed in one call."""
+_Result = TypeVar("_Result")
 router = APIRouter(tags=["processes"])
 
 
@@ -169,7 +172,7 @@ async def execute_process(
         execute, inputs = await parse_body(
             request, partial(_parsed, task, body), size=len(body), turns=app.admission.parsers
         )
-        fetch = _Inputs(request, app, folder, admitted)
+        fetch = _Inputs(request, app, folder, admitted, len(body))
         with inputs_named(task):
             task_request = await unless_gone(
                 request,
@@ -198,7 +201,8 @@ async def execute_process(
 
 def _parsed(task: Runnable, body: bytes) -> tuple[Execute, Inputs]:
     execute = read_execute(body)
-    return execute, read_inputs(task, execute)
+    # The values are kept once, so that they can be given back in pieces.
+    return execute.model_copy(update={"inputs": {}}), read_inputs(task, execute)
 
 
 def _respond(
@@ -314,13 +318,17 @@ class _Inputs:
         app: application state.
         folder: the request's folder.
         admitted: the admitted request, which counts the bytes that are fetched and decoded.
+        size: size of the body, bytes.
     """
 
-    def __init__(self, request: Request, app: AppState, folder: Path, admitted: Admitted) -> None:
+    def __init__(
+        self, request: Request, app: AppState, folder: Path, admitted: Admitted, size: int
+    ) -> None:
         self.request = request
         self.app = app
         self.folder = folder
         self.admitted = admitted
+        self.size = size
         self._values = 0
 
     async def files(
@@ -358,7 +366,9 @@ class _Inputs:
     async def value(self, given: Any) -> Any:  # noqa: ANN401 - JSON
         """A JSON value or a list of them, with references replaced by their content."""
         if isinstance(given, list):
-            return [await self.value(one) for one in given]
+            for n in await to_thread.run_sync(_references, given):
+                given[n] = await self.value(given[n])
+            return given
         if not isinstance(given, Reference):
             return given
         file = (await self._fetched([given], self._apart()))[0]
@@ -371,17 +381,21 @@ class _Inputs:
         text = await to_thread.run_sync(file.path.read_bytes)
         self.admitted.reserve(await to_thread.run_sync(parsed_bytes, text))
         try:
-            return await to_thread.run_sync(from_json, text)
+            return await self.in_turn(partial(from_json, text), len(text))
         except ValueError as error:
             raise InvalidRequest.of(
                 given.field, f"the linked document is not valid JSON: {error}"
             ) from error
 
     async def text(self, body: Mapping[str, Any]) -> bytes:
-        """A body of the task as JSON, with memory for parsing it again."""
-        text = await to_thread.run_sync(lambda: "".join(json_parts(body)).encode())
+        """A body of the task as JSON, with memory for parsing it again; its lists are emptied."""
+        text = await self.in_turn(partial(_text, body), self.size)
         self.admitted.reserve(await to_thread.run_sync(parsed_bytes, text))
         return text
+
+    async def in_turn(self, work: Callable[[], _Result], size: int) -> _Result:
+        """See `disconnect.in_turn`."""
+        return await in_turn(work, size=size, turns=self.app.admission.parsers)
 
     def _apart(self) -> Path:
         """A new folder, so that names of fetched files do not collide."""
@@ -420,6 +434,23 @@ class _Inputs:
         return SourceFile(name=name, path=path)
 
 
+def _references(values: Sequence[object]) -> list[int]:
+    """Positions of the links in a list."""
+    return [n for n, one in enumerate(values) if isinstance(one, Reference)]
+
+
+def _text(body: Mapping[str, Any]) -> bytes:
+    """A body as JSON; its lists are emptied in pieces, because freeing all takes long at once."""
+    parts = []
+    for part in json_parts(body):
+        check_connected()
+        parts.append(part)
+    for value in body.values():
+        while isinstance(value, list) and value:
+            del value[-_FREED_AT_ONCE:]
+    return "".join(parts).encode()
+
+
 async def _request_of(
     task: Runnable,
     execute: Execute,
@@ -448,12 +479,13 @@ async def _request_of(
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
     if inputs.source == "series":
         text = await fetch.text(body)
-        limiter = app.admission.parsers if len(text) > SHORT_BODY else None
-        series = await to_thread.run_sync(read_series, task, text, limiter=limiter)
-        return await to_thread.run_sync(series.request, cast(Task, task))  # others take no series
+        # Tasks other than those of `Task` take no series.
+        return await fetch.in_turn(
+            lambda: read_series(task, text).request(cast(Task, task)), len(text)
+        )
     if inputs.source == "stac":
         text = await fetch.text(body)
-        found = await to_thread.run_sync(partial(read_stac, task, text, allowed=allowed))
+        found = await fetch.in_turn(partial(read_stac, task, text, allowed=allowed), len(text))
         if found is None:
             raise InvalidRequest.of("stac", "a STAC document, a search or a URL is required")
         stac, form = found
@@ -472,7 +504,7 @@ async def _request_of(
     # Binary values have no address: a placeholder lets the other parameters be validated.
     body["items"] = [{"href": getattr(one, "href", "value")} for one in inputs.files]
     text = await fetch.text(body)
-    named = await to_thread.run_sync(partial(read_items, task, text, allowed=True))
+    named = await fetch.in_turn(partial(read_items, task, text, allowed=True), len(text))
     if named is None:
         raise TypeError("the body names files")
     wanted = await to_thread.run_sync(named[1].request, task, (), polygons)

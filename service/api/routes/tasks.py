@@ -513,7 +513,12 @@ async def read_request(
         values = dict(form.fields)
         if modality is not None:
             values["modality"] = tuple({modality, *values.get("modality", ())})
-        parameters = await to_thread.run_sync(read_parameters, task, values)
+        parameters = await parse_body(
+            request,
+            partial(read_parameters, task, values),
+            size=form.text_size,
+            turns=app.admission.parsers,
+        )
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         polygons = form.vectors.get(FIELDS) or await vector_file(FIELDS, parameters.fields, folder)
