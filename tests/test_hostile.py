@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import struct
 import subprocess
@@ -59,6 +58,7 @@ from service.read.reader import StackReader
 from service.read.stac import georeference_of_asset
 from service.read.stack import Stack, open_stack
 from service.read.vectors import read_fields
+from tests.kits.forks import ran
 from tests.kits.patience import PATIENCE
 from tests.kits.rasters import NORTH_UP, UTM, write
 from tests.kits.sockets import connections, listening
@@ -409,8 +409,6 @@ def named(sound: bytes, tmp_path: Path) -> Callable[[str], Path]:
 _OVERVIEWS = """
 import sys
 import rasterio
-from contextlib import nullcontext
-sys.path[:0] = [sys.argv[3]]
 from service.read.geotiff import gdal_options
 with gdal_options() if sys.argv[2] == "ours" else rasterio.Env():
     with rasterio.open(sys.argv[1], driver="GTiff") as file:
@@ -426,11 +424,8 @@ def test_no_name_in_a_file_leads_to_the_network(
     path = named(f"{handler}http://127.0.0.1:{elsewhere.getsockname()[1]}/x.tif")
 
     def overviews(whose: str) -> bool:
-        subprocess.run(
-            [sys.executable, "-c", _OVERVIEWS, str(path), whose, str(ROOT)],
-            env={**os.environ, "GDAL_HTTP_TIMEOUT": "1", "no_proxy": "127.0.0.1"},
-            check=False, capture_output=True, timeout=PATIENCE,
-        )  # fmt: skip
+        variables = {"GDAL_HTTP_TIMEOUT": "1", "no_proxy": "127.0.0.1"}
+        ran("tests.kits.code", _OVERVIEWS, str(path), whose, variables=variables)
         return connections(elsewhere) > 0
 
     assert overviews("gdal's")  # so GDAL would ask, left to itself

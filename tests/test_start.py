@@ -27,6 +27,7 @@ from service.api.app import create_app
 from service.infer.engine import Engine, load_models
 from service.infer.session import CUDA
 from service.settings import Settings, SettingsError
+from tests.kits.forks import ran
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.process import RUNNING
 
@@ -40,17 +41,27 @@ def environment(state: Path, **settings: str) -> dict[str, str]:
     return {**inherited, "PIMC_STATE_DIR": str(state), "PIMC_PROVIDERS": "cpu", **settings}
 
 
-def failed_start(state: Path, **settings: str) -> tuple[int, str]:
-    """Exit status and stderr of a `python -m service` that does not start."""
-    done = subprocess.run(
-        [sys.executable, "-m", "service"],
-        cwd=ROOT,
-        env=environment(state, **settings),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+def failed_start(state: Path, *, forked: bool = True, **settings: str) -> tuple[int, str]:
+    """Exit status and stderr of a `python -m service` that does not start.
+
+    Args:
+        state: its state directory.
+        forked: whether the process has imported the service's packages before.
+        settings: its environment.
+    """
+    variables = environment(state, **settings)
+    if forked:
+        done = ran("service", variables=variables)
+    else:
+        done = subprocess.run(
+            [sys.executable, "-m", "service"],
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 
@@ -87,6 +98,7 @@ def test_a_public_address_needs_keys_or_an_explicit_setting(tmp_path: Path) -> N
 def test_each_invalid_setting_is_one_line_of_error(tmp_path: Path) -> None:
     status, output = failed_start(
         tmp_path,
+        forked=False,
         PIMC_PORT="http",
         PIMC_PROVIDERS="tpu",
         PIMC_MODEL_DIR="/no/such/folder",

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -24,10 +21,10 @@ from service.jobs.storage import StorageUnreachable
 from service.jobs.store import JobStore
 from service.telemetry import Metrics
 from service.threads import SupervisedThread
+from tests.kits.forks import Forked
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import ASYNC, SERIES, running, series_plan, stack, until, waited
 from tests.kits.patience import PATIENCE, soon
-from tests.kits.process import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +125,6 @@ def test_the_sweeper_survives_an_error_and_jobs_still_run(
 
 _CHILD = """
 import os, sys, threading
-sys.path[:0] = [{root!r}]
 from service import __main__ as program
 from service import threads
 from service.jobs import runner, store
@@ -153,22 +149,20 @@ program.main()
 
 
 def lines_of_a_service(
-    folder: Path, once_it_runs: Callable[[subprocess.Popen[str], Path], None], *, hangs: bool
+    folder: Path, once_it_runs: Callable[[Forked, Path], None], *, hangs: bool
 ) -> tuple[int, list[dict[str, Any]]]:
     """Exit status and log of a service in which something happens once it runs."""
     mark = folder / "broken"
-    child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD.format(root=str(ROOT), mark=str(mark), hangs=hangs)],
-        env={
-            **os.environ,
+    child = Forked(
+        "tests.kits.code",
+        _CHILD.format(mark=str(mark), hangs=hangs),
+        variables={
             "PIMC_PORT": "0",
             "PIMC_PROVIDERS": "cpu",
             "PIMC_MODEL_DIR": str(write_zoo(folder / "zoo")),
             "PIMC_STATE_DIR": str(folder / "state"),
             "PIMC_GRACE_SECONDS": "0",
         },
-        stderr=subprocess.PIPE,
-        text=True,
     )
     assert child.stderr is not None
     lines = []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from service.errors import NotAVectorFile, TooManyFields
 from service.read import vector_guard, vectors
 from service.read.geotiff import SourceFile
 from service.read.vectors import Fields, read_fields
+from tests.kits.forks import ran
 
-ROOT = Path(__file__).parents[1]
 COUNT = 300
 CASES = 100
 GEO = {
@@ -350,7 +348,6 @@ def test_limits_of_geojson_are_stated(tmp_path: Path, monkeypatch: pytest.Monkey
 _FUZZ = """
 import json, random, sys
 from pathlib import Path
-sys.path[:0] = [{root!r}]
 from service.errors import PIMCError
 from service.read.geotiff import SourceFile
 from service.read.vectors import read_fields
@@ -394,12 +391,8 @@ def test_no_damaged_file_crashes_or_raises_another_error(tmp_path: Path, ending:
         few.to_parquet(sound)
     else:
         few.to_file(sound, driver={"gpkg": "GPKG", "geojson": "GeoJSON"}[ending])
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _FUZZ.format(
-            root=str(ROOT), sound=str(sound), damaged=str(tmp_path / "damaged"), cases=CASES
-        )],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    program = _FUZZ.format(sound=str(sound), damaged=str(tmp_path / "damaged"), cases=CASES)
+    child = ran("tests.kits.code", program, variables={})
     assert child.returncode == 0, child.stderr[-2000:]
     counts = json.loads(child.stdout)
     assert sum(counts.values()) == CASES
