@@ -38,7 +38,7 @@ from tests.kits.patience import PATIENCE, soon
 
 pytestmark = pytest.mark.slow
 
-KILLS = 5
+KILLS = 3
 
 
 @pytest.fixture(scope="module")

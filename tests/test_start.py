@@ -27,7 +27,7 @@ from service.api.app import create_app
 from service.infer.engine import Engine, load_models
 from service.infer.session import CUDA
 from service.settings import Settings, SettingsError
-from tests.kits.forks import ran
+from tests.kits.forks import Forked, ran
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.process import RUNNING
 
@@ -67,15 +67,18 @@ def failed_start(state: Path, *, forked: bool = True, **settings: str) -> tuple[
 
 
 @contextmanager
-def started(log: Path, *command: str, **settings: str) -> Iterator[int]:
-    """The port of a service that runs as a process; its log is in a file."""
+def started(
+    log: Path, module: str, *arguments: str, forked: bool = False, **settings: str
+) -> Iterator[int]:
+    """The port of a service that runs as a process; its log is in a file. See `failed_start`."""
+    variables = environment(log.parent / "state", **settings)
+    process: Forked | subprocess.Popen[bytes]
     with log.open("w") as to:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            env=environment(log.parent / "state", **settings),
-            stderr=to,
-        )
+        if forked:
+            process = Forked(module, *arguments, variables=variables, stderr=to)
+        else:
+            command = [sys.executable, "-m", module, *arguments]
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, stderr=to)
     try:
         assert soon(lambda: process.poll() is not None or RUNNING.search(log.read_text()))
         found = RUNNING.search(log.read_text())
@@ -201,7 +204,7 @@ def test_an_app_on_another_server_rejects_remote_clients_without_keys(
     command = ["uvicorn", "service.api.app:create_app", "--factory", "--host=0.0.0.0", "--port=0"]
     address = own_address()
     with (
-        started(tmp_path / "log", *command) as port,
+        started(tmp_path / "log", *command, forked=True) as port,
         httpx.Client(base_url=f"http://{address}:{port}", timeout=PATIENCE) as stranger,
     ):
         response = stranger.get("/models")

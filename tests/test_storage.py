@@ -61,12 +61,19 @@ from tests.kits.replicas import (
 from tests.kits.s3 import S3, Way, way
 
 WEEK = 7 * 24 * 3600.0
-LARGE = 20 * 2**20  # three parts of an upload
+PART = 5 * 2**20
+"""Of an upload in these tests: the smallest that S3 takes, but for the last one."""
+LARGE = 12 * 2**20  # three parts of an upload
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_module, "_PART_BYTES", PART)
 
 
 @pytest.fixture(scope="module")
@@ -475,21 +482,27 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return stack(tmp_path_factory.mktemp("large"), 150, 230)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Four windows."""
+    return stack(tmp_path_factory.mktemp("small"), 90, 130)
+
+
 def objects(s3: S3, backend: Backend) -> list[str]:
     """Keys of the jobs' files in the bucket."""
     name, _, prefix = str(backend.storage).removeprefix("s3://").partition("/")
     return [key.removeprefix(f"{prefix}/") for key in s3.keys(name, f"{prefix}/jobs/")]
 
 
-def test_replicas_answer_for_each_others_jobs(zoo: Path, large: Files, bucket: Backend) -> None:
+def test_replicas_answer_for_each_others_jobs(zoo: Path, small: Files, bucket: Backend) -> None:
     with (
         served(model_dir=zoo, **bucket.settings) as one,
         served(model_dir=zoo, **bucket.settings) as other,
     ):
         data = {"model": HELD, "outputs": "class,probabilities"}
-        direct = one.post("/classify-pixels", files=large, data=data)
+        direct = one.post("/classify-pixels", files=small, data=data)
         assert direct.status_code == 200, direct.text
-        job = submitted_held(one, large)
+        job = submitted_held(one, small)
         assert waited(other, job)["status"] == "successful"
         for api in (one, other):
             assert result(api, job) == direct.content
@@ -517,7 +530,7 @@ def test_replicas_answer_for_each_others_jobs(zoo: Path, large: Files, bucket: B
         assert cleaned[0].status_code == 200, cleaned[0].text
         assert cleaned[0].content == cleaned[1].content != whole.content
         polygons = submitted(
-            one, "/classify-pixels", files=large, data={"model": HELD, "outputs": "polygons"}
+            one, "/classify-pixels", files=small, data={"model": HELD, "outputs": "polygons"}
         )
         assert waited(other, polygons)["status"] == "successful"
         features = other.get(f"/jobs/{polygons}/result").json()["features"]
