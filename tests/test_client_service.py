@@ -48,6 +48,7 @@ from pimc_client import (
 )
 from service.api import admission
 from tests.kits.client import connected
+from tests.kits.forks import ran
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import write
 
@@ -55,7 +56,8 @@ pytestmark = pytest.mark.slow
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 _TINY = [("tiny", "sync"), ("tiny", "async")]
-# The clients differ only in how they send, which the tiny bundles show; the real ones take longer.
+# The clients differ only in how they send, which the tiny bundles show. Only what depends on what a
+# bundle describes, such as its bands, classes and horizon, is shown with the zoo's too.
 SERVICES = pytest.mark.parametrize(("url", "kind"), [*_TINY, ("zoo", "async")], indirect=["url"])
 # Behaviour that does not depend on the models.
 TINY = pytest.mark.parametrize(("url", "kind"), _TINY, indirect=["url"])
@@ -169,7 +171,7 @@ def test_a_class_map_is_decoded_as_by_rasterio(url, kind, paths, tmp_path):
         assert file.profile["driver"] == "GTiff"
 
 
-@SERVICES
+@TINY
 def test_outputs_by_name_are_consistent(url, kind, paths, tmp_path):
     names = ["class", "confidence", "entropy", "probabilities"]
     with connected(kind, url) as client:
@@ -213,7 +215,7 @@ def test_a_forecast_continues_the_last_date(url, kind, paths):
     assert (middle <= high).all()
 
 
-@SERVICES
+@TINY
 @pytest.mark.parametrize("stride", [64, 3])
 def test_land_cover_lies_on_a_coarser_grid(url, kind, paths, stride):
     with connected(kind, url) as client:
@@ -235,7 +237,7 @@ def test_embeddings_have_one_band_per_dimension(url, kind, paths, modality):
     assert raster.model.startswith(f"embed-{modality}@")
 
 
-@SERVICES
+@TINY
 def test_points_and_series_agree_with_the_raster(url, kind, paths, points, values):
     places = [(lon, lat) for lon, lat, _, _ in points]
     with connected(kind, url) as client:
@@ -312,7 +314,7 @@ def test_series_are_accepted_with_every_band_of_a_model(url, kind, values, point
                 assert one.confidence == pytest.approx(point.result.confidence, abs=1e-4)
 
 
-@SERVICES
+@TINY
 def test_forecasts_and_embeddings_of_points_and_series_agree(url, kind, paths, points, values):
     lon, lat, row, column = points[0]
     bands = {
@@ -388,7 +390,7 @@ def test_a_folder_a_pattern_and_a_zip_give_the_same_stack(url, kind, paths, tmp_
         assert summary["dates_used"] == [day.isoformat() for day in DATES]
 
 
-@SERVICES
+@TINY
 def test_a_result_in_xarray_equals_the_file(url, kind, paths, tmp_path):
     with connected(kind, url) as client:
         raster = client.forecast(paths, horizon=2, outputs=["q10", "q90"])
@@ -402,12 +404,9 @@ def test_a_result_in_xarray_equals_the_file(url, kind, paths, tmp_path):
         assert array.y.values[-1] == file.xy(H - 1, 0)[1]
 
 
-def pimc(url, *arguments, binary=False):
+def pimc(url, *arguments):
     """Runs the command; returns the exit status, standard output and standard error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pimc_client.cli", "--url", url, *map(str, arguments)],
-        capture_output=True, text=not binary, cwd=ROOT, check=False,
-    )  # fmt: skip
+    done = ran("pimc_client.cli", "--url", url, *map(str, arguments), variables={})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -419,9 +418,11 @@ def test_the_command_writes_what_the_client_returns(url, paths, values, points, 
     assert pimc(url, "classify-pixels", folder, "-o", tmp_path)[0] == 0
     with rasterio.open(tmp_path / "class.tif") as file:
         np.testing.assert_array_equal(file.read(1), expected.array)
-    code, content, _ = pimc(url, "classify-pixels", folder, "-o", "-", binary=True)
-    assert code == 0
-    assert content == (tmp_path / "class.tif").read_bytes()
+    command = [sys.executable, "-m", "pimc_client.cli", "--url", url]
+    done = subprocess.run(
+        [*command, "classify-pixels", folder, "-o", "-"], capture_output=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == (tmp_path / "class.tif").read_bytes()
     table = tmp_path / "points.csv"
     rows = [f"p{n};{lon};{lat}".replace(".", ",") for n, (lon, lat, *_) in enumerate(points)]
     table.write_text("\n".join(["id;lon;lat", *rows]), encoding="utf-8-sig")
@@ -466,7 +467,7 @@ def test_the_command_runs_jobs(url, paths, tmp_path):
     ]
 
 
-@SERVICES
+@TINY
 def test_fields_count_the_classes_of_the_map(url, kind, paths, tmp_path):
     with rasterio.open(paths[0]) as file:
         # Full pixels: rows 20 to 40, columns 30 to 70; a corner without data; outside the raster.
@@ -609,7 +610,7 @@ def test_a_retry_is_served_when_a_queue_slot_becomes_free(guarded, paths):
 
 
 @pytest.mark.usefixtures("shared_data")
-@SERVICES
+@pytest.mark.parametrize(("url", "kind"), [("zoo", "async")], indirect=["url"])
 def test_a_real_stack_is_classified(url, kind, shared_data):
     files = sorted((shared_data / "flanders_2017_2018").glob("*2018*.tif"))[::3]
     with connected(kind, url) as client:

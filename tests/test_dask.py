@@ -72,6 +72,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A stack of four windows."""
+    return stack(tmp_path_factory.mktemp("small"), 90, 130)
+
+
+@pytest.fixture(scope="module")
 def local(zoo: Path) -> Iterator[httpx.Client]:
     with served(model_dir=zoo) as api:
         yield api
@@ -98,16 +104,16 @@ def held_job(api: httpx.Client, files: Files) -> str:
 
 @pytest.mark.slow
 def test_jobs_on_a_cluster_have_the_bytes_of_one_process(
-    fleet: Fleet, local: httpx.Client, files: Files
+    fleet: Fleet, local: httpx.Client, small: Files
 ) -> None:
     fields = ("fields", ("fields.geojson", FIELD, "application/geo+json"))
     cases: list[tuple[str, Files, dict[str, str]]] = [
-        ("/classify-pixels", files, {"outputs": "class,confidence,attribution"}),
-        ("/classify-pixels", files, {"smooth": "2"}),
-        ("/classify-pixels", [*files, fields], {}),
-        ("/forecast", [*files, fields], {}),
-        ("/landcover", files, {"stride": "16"}),
-        ("/embed", files, {"modality": "patch", "stride": "32"}),
+        ("/classify-pixels", small, {"outputs": "class,confidence,attribution"}),
+        ("/classify-pixels", small, {"smooth": "2"}),
+        ("/classify-pixels", [*small, fields], {}),
+        ("/forecast", [*small, fields], {}),
+        ("/landcover", small, {"stride": "16"}),
+        ("/embed", small, {"modality": "patch", "stride": "32"}),
     ]
     workers = [fleet.cluster.join() for _ in range(2)]
     with served(**fleet.settings) as api:
@@ -121,7 +127,7 @@ def test_jobs_on_a_cluster_have_the_bytes_of_one_process(
         assert not list(fleet.state.rglob("*.pass"))
         # Synchronous requests are computed in the service.
         before = fleet.begun()
-        response = api.post("/classify-pixels", files=files)
+        response = api.post("/classify-pixels", files=small)
         assert response.status_code == 200
         assert fleet.begun() == before
 

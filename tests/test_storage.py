@@ -63,7 +63,7 @@ from tests.kits.s3 import S3, Way, way
 WEEK = 7 * 24 * 3600.0
 PART = 5 * 2**20
 """Of an upload in these tests: the smallest that S3 takes, but for the last one."""
-LARGE = 12 * 2**20  # three parts of an upload
+LARGE = 11 * 2**20  # three parts of an upload
 
 
 @pytest.fixture(scope="module")
