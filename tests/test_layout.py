@@ -236,9 +236,9 @@ def test_whole_products_need_no_names(tmp_path: Path, order: str) -> None:
     assert "'x_20210105.tif'" in warning.detail
 
 
-def named(file: SourceFile, names: tuple[str, ...]) -> Stack:
+def opened_with_names(files: Sequence[SourceFile], names: tuple[str, ...]) -> Stack:
     options = StackOptions(bands=names, mask="none")
-    return open_stack([file], options, bands=NEEDED, max_bytes=2**20)
+    return open_stack(files, options, bands=NEEDED, max_bytes=2**20)
 
 
 TEN = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
@@ -255,7 +255,7 @@ def test_names_that_only_count_the_bands_are_not_those_of_sentinel_2(
     refused = re.escape(f"('{names[0]}' only states the band's position); describe the bands or")
     with pytest.raises(MissingBands, match=refused):
         opened([file])
-    assert band_numbers(named(file, TEN)) == expected(1)
+    assert band_numbers(opened_with_names([file], TEN)) == expected(1)
 
 
 def test_counted_bands_are_named_by_their_wavelengths(tmp_path: Path) -> None:
@@ -759,6 +759,43 @@ def test_a_month_in_the_descriptions_of_one_file_is_named(tmp_path: Path) -> Non
     file = write(tmp_path / "stack.tif", pixels, descriptions=names)
     with pytest.raises(MissingDates, match=r"'2021_01': a month without a day.*2 of them"):
         opened([file])
+
+
+def test_dates_in_another_order_than_the_files_are_named(tmp_path: Path) -> None:
+    # Sorted dates for files that are not sorted.
+    files = [one_date(tmp_path / f"S2_202101{day}.tif", t) for t, day in ((2, "15"), (1, "05"))]
+    stack = opened(files, dates=(D1, D2), mask="none")
+    assert band_numbers(stack) == expected(2, 1)
+    (warning,) = stack.warnings
+    assert warning.code == "dates_contradicted"
+    assert "gives 2021-01-05 to 'S2_20210115.tif', which states 2021-01-15" in warning.detail
+    assert "2 of 2 are so" in warning.detail
+    assert opened(files, dates=(D2, D1), mask="none").warnings == ()
+    # The dates of bands as well, and a time of writing states nothing.
+    names = [f"{band}_{day}" for day in ("20210105", "20210115") for band in NEEDED]
+    pixels = bands_of(*((band, t) for t in (1, 2) for band in NEEDED))
+    one = write(tmp_path / "stack.tif", pixels, descriptions=names)
+    (warning,) = opened([one], dates=(D2, D1), mask="none").warnings
+    assert warning.code == "dates_contradicted"
+    assert opened([one], dates=(D1, D2), mask="none").warnings == ()
+    plain = [
+        one_date(tmp_path / f"{t}.tif", t, tags={"TIFFTAG_DATETIME": f"2024:01:0{t} 10:00:00"})
+        for t in (1, 2)
+    ]
+    assert opened(plain, dates=(D1, D2), mask="none").warnings == ()
+
+
+def test_bands_in_another_order_than_the_descriptions_are_named(tmp_path: Path) -> None:
+    file = one_date(tmp_path / "S2_20210105.tif", 1, ("B04", "B02", "B08"))
+    (warning,) = opened_with_names([file], ("B02", "B04", "B08")).warnings
+    assert warning.code == "bands_contradicted"
+    assert "names band 1 of 'S2_20210105.tif' B02, and the file itself B04" in warning.detail
+    assert "2 of 3 bands are so" in warning.detail
+    assert opened_with_names([file], ("B04", "B02", "B08")).warnings == ()
+    files = [one_band(tmp_path / f"S2_20210105_{band}.tif", band, (1,)) for band in NEEDED]
+    (warning,) = opened_with_names(files, ("B04", "B02", "B08")).warnings
+    assert warning.code == "bands_contradicted"
+    assert opened_with_names(files, NEEDED).warnings == ()
 
 
 SAFE = "S2A_MSIL{level}_{day}T105031_N0207_R051_T31UES_{day}T130000.SAFE/{band}.tif"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
@@ -45,6 +45,7 @@ from service.read.layouts import (
     file_per_date,
     names_and_bands,
     single_file,
+    stated_days,
 )
 from service.read.masks import (
     ALPHA_RULE,
@@ -167,6 +168,7 @@ def arrange(
         for band in (*query.needed, *found, *(_band(rule) for rule in granule.masks))
     }
     warnings += _assumed_order(layout, query, used)
+    warnings += [*_dates_contradicted(query, slots), *_bands_contradicted(query)]
     warnings += _top_of_atmosphere(query, used) if dated else []
     warnings += _unused(query, used, options)
     warnings += [_ESTIMATED] if estimated else _missing_mask(granules, rules)
@@ -286,6 +288,57 @@ def _top_of_atmosphere(query: LayoutQuery, used: set[int]) -> list[StackWarning]
         "unless the model's card names level 1C in its training data"
     )
     return [StackWarning(code="top_of_atmosphere", detail=detail)]
+
+
+def _dates_contradicted(
+    query: LayoutQuery, slots: Sequence[BandAssignment]
+) -> Iterator[StackWarning]:
+    """The warning that the request dates files otherwise than they do themselves."""
+    if query.dates is None:
+        return
+    files = list({id(slot.file): slot.file for slot in slots}.values())
+    of_file = dict(zip(map(id, files), stated_days(files), strict=True))
+    times = Counter(id(slot.file) for slot in slots)
+    other: list[tuple[BandAssignment, date]] = []
+    for slot in slots:
+        own = {day for n in slot.numbers.values() if (day := slot.file.days[n - 1])}
+        day = of_file[id(slot.file)]
+        if not own and day and times[id(slot.file)] == 1:
+            own = {day}
+        if own and slot.day not in own:
+            other.append((slot, min(own)))
+    if other:
+        slot, stated = other[0]
+        detail = (
+            f"`dates` gives {slot.day} to '{slot.file.name}', which states {stated} itself "
+            f"({len(other)} of {len(slots)} are so): what `dates` gives is used; check that it is "
+            "in the order of the files, or leave it out"
+        )
+        yield StackWarning(code="dates_contradicted", detail=detail)
+
+
+def _bands_contradicted(query: LayoutQuery) -> Iterator[StackWarning]:
+    """The warning that the request names bands otherwise than the files do themselves."""
+    names, files = query.names or (), query.named
+    if len(files) == len(names) and all(file.count == 1 for file in files):
+        pairs = [(file, 1, name, file.own_band) for file, name in zip(files, names, strict=True)]
+    else:
+        pairs = [
+            (file, k, name, own)
+            for file in files
+            if file.count == len(names)
+            for k, (name, own) in enumerate(zip(names, file.bands, strict=True), start=1)
+        ]
+    other = [(file, k, name, own) for file, k, name, own in pairs if own and own != name]
+    other = [one for one in other if not {one[2], one[3]} <= QUALITY | {ALPHA}]
+    if other:
+        file, k, name, own = other[0]
+        detail = (
+            f"`bands` names band {k} of '{file.name}' {name}, and the file itself {own} "
+            f"({len(other)} of {counted(len(pairs), 'band')} are so): what `bands` gives is used; "
+            "check its order, or leave it out"
+        )
+        yield StackWarning(code="bands_contradicted", detail=detail)
 
 
 def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[StackWarning]:

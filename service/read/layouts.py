@@ -314,6 +314,12 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
     ]
 
 
+def stated_days(files: Sequence[DescribedFile]) -> list[date | None]:
+    """The date that each file's tags, or else its name, state for the acquisition."""
+    named = named_days([file.name for file in files])
+    return [tag or name for tag, name in zip(_tag_days(files), named, strict=True)]
+
+
 def _tag_days(files: Sequence[DescribedFile]) -> list[date | None]:
     """The date in each file's tags, also in forms that count only if all files have them."""
     days = [file.tag_day for file in files]
