@@ -131,6 +131,54 @@ def test_a_product_may_be_sent_as_a_folder_also_before_baseline_04(
     np.testing.assert_allclose(values(stack)[0, 0], bands["B02_10"] * 1e-4, atol=1e-6)
 
 
+def test_zips_of_products_without_their_folder_keep_their_own_offset(tmp_path: Path) -> None:
+    # As `cd X.SAFE && zip -r ../X.zip .` makes them.
+    zips = []
+    for name, offsets, number in (
+        ("S2C_MSIL2A_20250105T105031_N0511_R051_T31UES_20250105T130000", OFFSETS, 1500),
+        ("S2A_MSIL2A_20180110T105031_N0206_R051_T31UES_20180110T130000", "", 500),
+    ):
+        day = name[11:19]
+        xml = XML.format(offsets).replace("2022-10-05", f"{day[:4]}-{day[4:6]}-{day[6:]}")
+        xml = xml if offsets else xml.replace("04.00", "02.06")
+        images = f"GRANULE/L2A_T31UES_A1_{day}T105031/IMG_DATA/R10m"
+        members = {"MTD_MSIL2A.xml": xml.encode()}
+        for band in BANDS:
+            data = np.full((32, 32), number, np.uint16)
+            content = jp2(tmp_path / "one.jp2", data).read_bytes()
+            members[f"{images}/T31UES_{day}T105031_{band}_10m.jp2"] = content
+        zips.append(zipped(tmp_path / f"{number}.zip", members))
+    stack = opened(zips, tmp_path, mask="none")
+    assert stack.dates == (date(2018, 1, 10), date(2025, 1, 5))
+    np.testing.assert_allclose(values(stack), 0.05, atol=1e-6)
+    # The same files with the names that they have in the folder.
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with zipfile.ZipFile(tmp_path / "1500.zip") as archive:
+        files = []
+        for n, name in enumerate(archive.namelist()):
+            (folder / str(n)).write_bytes(archive.read(name))
+            files.append(SourceFile(name=name, path=folder / str(n)))
+    np.testing.assert_allclose(values(opened(files, folder, mask="none")), 0.05, atol=1e-6)
+
+
+def test_zips_with_an_item_each_keep_their_own_date(tmp_path: Path) -> None:
+    zips = []
+    for day in ("2021-01-05", "2021-01-15"):
+        item = {
+            "type": "Feature",
+            "stac_version": "1.0.0",
+            "properties": {"datetime": f"{day}T10:00:00Z"},
+            "assets": {band: {"href": f"./{band}.tif"} for band in BANDS},
+        }
+        members = {"item.json": json.dumps(item).encode()}
+        for band in BANDS:
+            members[f"{band}.tif"] = one_band(tmp_path, f"{band}.tif", 500).path.read_bytes()
+        zips.append(zipped(tmp_path / f"{day[-2:]}.zip", members))
+    stack = opened(zips, tmp_path, mask="none")
+    assert stack.dates == (date(2021, 1, 5), date(2021, 1, 15))
+
+
 def test_level_1c_with_its_raster_masks_as_a_zip_and_as_a_folder(tmp_path: Path) -> None:
     """RADIO_ADD_OFFSET, and MSK_CLASSI at 60 m; MSK_QUALIT_B04 is not the band B04."""
     root = ROOT.replace("MSIL2A", "MSIL1C")

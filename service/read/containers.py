@@ -178,6 +178,9 @@ def _members(
             found.append(written)
     if not any(_RASTER.search(file.name) for file in found):
         raise InvalidRequest.of("files", _holds_none(source.name, left_out))
+    if any("/" not in f.name and not _RASTER.search(f.name) for f in found):
+        # Metadata without a folder is that of this zip's files, and not of another zip's.
+        found = [replace(f, name=label(f"{stem(source.name)}/{f.name}", 0)) for f in found]
     return found, left_out, used
 
 
@@ -560,12 +563,22 @@ def ignored_offsets(
 
 def _product_of(name: str, products: Sequence[Metadata]) -> Metadata | None:
     """The metadata document of a file: the one in the nearest of its folders."""
-    own = [p for p in products if name.startswith(f"{p.root}/") or (not p.root and "/" not in name)]
+    own = [
+        p
+        for p in products
+        if name.startswith(f"{p.root}/")
+        or (not p.root and ("/" not in name or _is_in_a_safe(name, p)))
+    ]
     nearest = [p for p in own if len(p.root) == max(len(one.root) for one in own)]
     if len(nearest) > 1:  # as `pimc stack` writes them: an item for each file of a folder
         last = name.rpartition("/")[2]
         nearest = [p for p in nearest if isinstance(p, Item) and last in p.assets]
     return next(iter(nearest), None)
+
+
+def _is_in_a_safe(name: str, product: Metadata) -> bool:
+    """Whether a file is in a folder of a product whose XML was sent without the product's own."""
+    return isinstance(product, Product) and name.startswith("GRANULE/")
 
 
 def _described(name: str, product: Metadata) -> Described | None:
