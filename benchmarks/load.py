@@ -58,6 +58,8 @@ FORM = f"multipart/form-data; boundary={_BOUNDARY}"
 _PROBES = ("/health/live", "/health/ready", "/metrics")
 _DATES = 12
 _OVERLOADED = 503
+_DEAF_SECONDS = 10.0
+"""Seconds for which a client that never reads keeps its connection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +364,7 @@ def _deaf(connection: http.client.HTTPConnection, request: Request) -> Response:
     response = _with_tiny_buffer(connection, request)
     if response.status != request.status:
         return _read(response)
-    time.sleep(10)
+    time.sleep(_DEAF_SECONDS)
     raise Gone
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 ROOT = Path(__file__).parents[1]
 _START_SECONDS = 120.0
@@ -76,6 +76,13 @@ class Served:
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
 
+def started(environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start `python -m service`; its log goes to a file."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "service"], env=environment, stderr=log, cwd=ROOT
+    )
+
+
 @contextmanager
 def served(**settings: str) -> Iterator[Served]:
     """Run `python -m service` on a free port, with its own folder for temporary files.
@@ -100,9 +107,7 @@ def served(**settings: str) -> Iterator[Served]:
         }
         begun = time.perf_counter()
         with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "service"], env=environment, stderr=file, cwd=ROOT
-            )
+            process = started(environment, file)
         try:
             host, port = _address(process, log)
             service = Served(

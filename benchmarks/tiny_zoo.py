@@ -57,10 +57,14 @@ def _patch_mean() -> tuple[list[Any], list[Any]]:
     return nodes, [_constant("sides", np.array([2, 3], np.int64))]
 
 
-def _head(task: str) -> tuple[list[Any], list[Any], list[Any]]:
+def _head(task: str, wide: int) -> tuple[list[Any], list[Any], list[Any]]:
     """Nodes and constants from `mean` to the task's output, and the output's shape."""
-    if task == "embed":
+    if task == "embed" and wide == 1:
         return [helper.make_node("Identity", ["mean"], ["embedding"])], [], ["N", 3]
+    if task == "embed":
+        mixtures = np.random.default_rng(0).random((3, 3 * wide), np.float32)
+        nodes = [helper.make_node("MatMul", ["mean", "mixtures"], ["embedding"])]
+        return nodes, [_constant("mixtures", mixtures)], ["N", 3 * wide]
     if task == "forecast":
         steps = STEP * np.arange(1, HORIZON + 1)[:, None] + [-SPREAD, 0, SPREAD]
         nodes = [
@@ -94,7 +98,7 @@ def _brittle() -> tuple[list[Any], list[Any]]:
     return nodes, constants
 
 
-def _graph(task: str, modality: str, *, brittle: bool) -> Any:
+def _graph(task: str, modality: str, *, brittle: bool, wide: int) -> Any:
     if modality == "patch":
         body, constants = _patch_mean()
         inputs = [helper.make_tensor_value_info("patches", TensorProto.FLOAT, ["N", 3, 64, 64])]
@@ -105,7 +109,7 @@ def _graph(task: str, modality: str, *, brittle: bool) -> Any:
             helper.make_tensor_value_info("valid", TensorProto.BOOL, ["N", "T"]),
             helper.make_tensor_value_info("days", TensorProto.FLOAT, ["T"]),
         ]
-    head, more, shape = _head(task)
+    head, more, shape = _head(task, wide)
     name = head[-1].output[0]
     output = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
     graph = helper.make_graph([*body, *head], "tiny", inputs, [output], [*constants, *more])
@@ -121,13 +125,24 @@ def write_bundle(
     modality: str,
     *,
     brittle: bool = False,
+    wide: int = 1,
     **card: Any,
 ) -> Path:
-    """Write one bundle under `root`; `card` replaces entries of its card."""
+    """Write one bundle under `root`.
+
+    Args:
+        root: folder of the bundles.
+        name: its name.
+        task: its task.
+        modality: `pixel` or `patch`.
+        brittle: whether it fails on other shapes than its own.
+        wide: dimensions of an embedding per band; above 1, each is a mixture of the means.
+        card: entries that replace those of its card.
+    """
     folder = root / name
     folder.mkdir(parents=True)
     file = folder / "model.onnx"
-    file.write_bytes(_graph(task, modality, brittle=brittle).SerializeToString())
+    file.write_bytes(_graph(task, modality, brittle=brittle, wide=wide).SerializeToString())
     sha = sha256_of(file)
     pixel = modality == "pixel"
     content: dict[str, Any] = {
@@ -166,7 +181,7 @@ def write_bundle(
     if task == "forecast":
         content |= {"horizon": HORIZON, "quantiles": (0.1, 0.5, 0.9)}
     if task == "embed":
-        content["embedding"] = 3
+        content["embedding"] = 3 * wide
         content["embedding_int8"] = {"scale": INT8_SCALE}
     (folder / "card.json").write_text(json.dumps(content | card))
     return folder

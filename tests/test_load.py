@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
 
 import pytest
 
+from benchmarks import load, process
 from benchmarks.load import Outcomes, Report, requests, run
 from benchmarks.strangers import STRANGERS
+from benchmarks.tiny_zoo import write_bundle, write_zoo
+from tests.kits.forks import Forked
 from tests.kits.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
 
-def test_clients_of_every_kind_are_served_and_leave_no_files() -> None:
+@pytest.fixture(autouse=True)
+def _forked_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(environment: Mapping[str, str], log: IO[str]) -> Forked:
+        return Forked("service", variables=environment, stderr=log)
+
+    monkeypatch.setattr(process, "started", started)
+
+
+def test_clients_of_every_kind_are_served_and_leave_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Times are not tested, because a test machine may be busy: see `python -m benchmarks.load`."""
+    zoo = str(write_zoo(tmp_path))
+    monkeypatch.setattr(load, "_DEAF_SECONDS", 1.0)
     kinds = requests(largest=64)
 
     def enough(clients: Outcomes, others: Outcomes) -> bool:
@@ -27,7 +45,7 @@ def test_clients_of_every_kind_are_served_and_leave_no_files() -> None:
 
     report = run(
         PATIENCE, 16, kinds, ["dripping"],
-        enough=enough, PIMC_MAX_CONCURRENCY="2", PIMC_UPLOAD_SECONDS="5",
+        enough=enough, PIMC_MAX_CONCURRENCY="2", PIMC_UPLOAD_SECONDS="5", PIMC_MODEL_DIR=zoo,
     )  # fmt: skip
     assert report.faults == []
     assert report.leftovers == []
@@ -68,20 +86,16 @@ def served_often(clients: Outcomes) -> bool:
     return len(clients) == 2 and all(counts.get("200", 0) >= 10 for counts in clients.values())
 
 
-def test_a_key_that_hogs_the_service_does_not_keep_the_others_from_it() -> None:
+def test_a_key_that_hogs_the_service_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
     kinds = [one for one in requests(largest=64) if one.name in {"map 1 x 1", "series of 1"}]
 
     def enough(clients: Outcomes, others: Outcomes) -> bool:
-        return (
-            served_often(clients)
-            and others["hogs"].get("429", 0) > 0
-            and others["dripping"].get("408", 0) > 0
-        )
+        return served_often(clients) and others["hogs"].get("429", 0) > 0
 
     report = run(
         PATIENCE, 4, kinds, ["dripping", "hogs"],
         keys=True, enough=enough, PIMC_MAX_CONCURRENCY="1", PIMC_MAX_REQUESTS_PER_CALLER="2",
-        PIMC_UPLOAD_SECONDS="5",
+        PIMC_MODEL_DIR=str(write_zoo(tmp_path)),
     )  # fmt: skip
     assert report.failures == []
     outcomes = {name for counts in report.outcomes.values() for name in counts}
@@ -90,7 +104,10 @@ def test_a_key_that_hogs_the_service_does_not_keep_the_others_from_it() -> None:
     assert set(report.beside["hogs"]) <= {"200", "202", "429"}
 
 
-def test_strangers_take_neither_memory_nor_connections_from_the_others() -> None:
+def test_strangers_take_neither_memory_nor_connections_from_the_others(tmp_path: Path) -> None:
+    write_bundle(tmp_path, "pixels-landcover", "classify-pixels", "pixel")
+    # Its results are larger than the buffers of a socket.
+    write_bundle(tmp_path, "embed-pixel", "embed", "pixel", wide=32)
     kinds = [one for one in requests(largest=64) if one.name in {"map 1 x 1", "series of 1"}]
 
     def enough(clients: Outcomes, others: Outcomes) -> bool:
@@ -107,6 +124,7 @@ def test_strangers_take_neither_memory_nor_connections_from_the_others() -> None
     report = run(
         PATIENCE, 4, kinds, list(STRANGERS),
         enough=enough, PIMC_MAX_CONCURRENCY="2", PIMC_MAX_CONNECTIONS_PER_ADDRESS="64",
+        PIMC_MODEL_DIR=str(tmp_path),
     )  # fmt: skip
     assert report.faults == []
     outcomes = {name for counts in report.outcomes.values() for name in counts}
