@@ -522,3 +522,24 @@ def test_a_model_outlives_kill_9(tmp_path: Path, files) -> None:
         service.kill()
     with running(tmp_path / "state", zoo) as service:
         assert service.api.get("/heads").json() == {"heads": []}
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_fit_is_reserved(tmp_path: Path) -> None:
+    dates = [f"2021-{month:02}-05" for month in range(1, 9)]
+    entries = [
+        {
+            "class": ("bare", "green")[n % 2],
+            "dates": dates,
+            "B04": [0.1 + 0.1 * (n % 2)] * 8,
+            "B08": [0.2 + 0.0001 * n] * 8,
+        }
+        for n in range(2000)
+    ]
+    with served(model_dir=write_zoo(tmp_path), memory_budget=128 * 2**20) as api:
+        response = api.post("/heads", json={"name": "many", "series": entries})
+        assert (response.status_code, response.json()["code"]) == (413, "raster_too_large")
+        assert "the fit of 2 classes to 2000 labelled pixels" in response.json()["detail"]
+        response = api.post("/heads", json={"name": "few", "series": entries[:200]})
+        assert response.status_code == 201, response.text
+        assert "pimc_memory_taken_bytes 0.0" in api.get("/metrics").text

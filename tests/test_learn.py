@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,7 @@ def test_left_out_scores_are_those_of_heads_fitted_without_the_fold() -> None:
     folds = np.repeat(np.arange(5), 6).astype(np.intp)
     x = random.normal(size=(30, 4)) + classes[:, None]
     gram = 1 / (1 + 0.3 * ((x[:, None] - x[None]) ** 2).sum(-1))
-    found = kernel._left_out(gram, 0.2, classes, folds)
+    found = kernel._left_out(gram.copy(), 0.2, classes, folds)
     targets = np.eye(3)[classes] - 1 / 3
     for fold in range(5):
         own, others = folds == fold, folds != fold
@@ -405,3 +406,20 @@ def test_names_and_numbers_of_models_are_limited(tmp_path, engine, made) -> None
     with pytest.raises(InvalidRequest, match="PIMC_MAX_HEADS"):
         store.check_free("", "other")
     store.check_free("b", "mine")
+
+
+@pytest.mark.parametrize(("n", "count"), [(400, 2), (200, 60)])
+def test_a_fit_takes_no_more_memory_than_is_reserved_for_it(n: int, count: int) -> None:
+    random = np.random.default_rng(7)
+    classes = np.concatenate([np.arange(count), random.integers(0, count, n - count)])
+    columns = {"Cauchy": np.arange(20), "linear": np.arange(20)}
+    features = kernel.Features(values=random.normal(size=(n, 20)), columns=columns)
+    places = np.arange(n)
+    tracemalloc.start()
+    try:
+        fitted = kernel.fit({"series": features}, classes, folds_of(places, classes))
+        scores(fitted.probabilities, classes, places, fitted.tested)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < kernel.fit_bytes(n, 20, count, 1) < 6 * peak

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.learn.graph import Head
+from service.learn.scores import SCORED_AT_ONCE
 
 Floats = NDArray[np.float64]
 Kernel = Literal["Cauchy", "linear"]
@@ -38,6 +39,8 @@ _OFFSET = 0.1
 """Constant of the linear kernel, so that a score need not be 0 at the mean of the labels."""
 _MIN_DEVIATION = 1e-6
 """Smallest standard deviation by which a feature is divided, so that noise is not amplified."""
+_MATRICES = 5
+"""Matrices (n, n) of a fit at once: the kernel, its inverse, and LAPACK's copies of both."""
 _COLDEST, _HOTTEST = np.log(0.01), np.log(2.0)
 
 
@@ -110,16 +113,20 @@ class _Scaled:
     values: Floats
     mean: Floats
     scale: Floats
-    products: Floats
-    """Products a·b (n, n)."""
     typical: float
     """The median of the squared distances above 0; 1 if all labels have the same features."""
 
     def kernel(self, candidate: Candidate) -> Floats:
-        """The kernel (n, n) of a candidate."""
+        """The kernel (n, n) of a candidate, computed anew: matrices of labels are the memory."""
         if candidate.kernel == "linear":
-            return np.asarray(_OFFSET + self.products / candidate.width)
-        return np.asarray(1 / (1 + _squares(self.products) / candidate.width))
+            products = self.values @ self.values.T
+            products /= candidate.width
+            products += _OFFSET
+            return products
+        squares = _squares(self.values)
+        squares /= candidate.width
+        squares += 1
+        return np.asarray(np.divide(1, squares, out=squares))
 
 
 def fit(
@@ -170,6 +177,21 @@ def fit(
         probabilities=probabilities,
         tested=tested,
     )
+
+
+def fit_bytes(labels: int, width: int, classes: int, sets: int) -> int:
+    """Memory of a fit and of its scores, bytes.
+
+    Args:
+        labels: number of labels (n).
+        width: number of features of all sets together (D).
+        classes: number of classes (K).
+        sets: number of sets of features that are tried.
+    """
+    candidates = sets * sum(map(len, _SETTINGS.values()))
+    fitting = _MATRICES * labels**2 + labels * 6 * sets * width
+    scoring = classes**2 * (labels + SCORED_AT_ONCE)
+    return 8 * (max(fitting, scoring) + labels * (candidates + 8) * classes)
 
 
 def known_elsewhere(classes: NDArray[np.intp], folds: NDArray[np.intp]) -> NDArray[np.bool_]:
@@ -224,22 +246,24 @@ def _scaled(x: Floats) -> _Scaled:
     mean = x.mean(axis=0)
     scale = 1 / (np.maximum(x.std(axis=0), _MIN_DEVIATION) * np.sqrt(x.shape[1]))
     values = (x - mean) * scale
-    products = values @ values.T
-    apart = _squares(products)
+    apart = _squares(values)
     apart = apart[apart > 0]
     return _Scaled(
         values=values,
         mean=mean,
         scale=scale,
-        products=products,
         typical=float(np.median(apart)) if apart.size else 1.0,
     )
 
 
-def _squares(products: Floats) -> Floats:
-    """Squared distances (n, n) from products (n, n)."""
-    lengths = np.diagonal(products)
-    return np.asarray(np.maximum(lengths[:, None] + lengths[None] - 2 * products, 0.0))
+def _squares(values: Floats) -> Floats:
+    """Squared distances (n, n) of features (n, d)."""
+    products = values @ values.T
+    lengths = np.diagonal(products).copy()
+    products *= 2
+    squares = lengths[:, None] + lengths[None]
+    squares -= products
+    return np.asarray(np.maximum(squares, 0.0, out=squares))
 
 
 def _targets(classes: NDArray[np.intp]) -> Floats:
@@ -248,22 +272,22 @@ def _targets(classes: NDArray[np.intp]) -> Floats:
 
 
 def _regularised(kernel: Floats, ridge: float, classes: NDArray[np.intp]) -> Floats:
+    """The matrix (n, n) to invert, in the place of a kernel (n, n)."""
     counts = np.bincount(classes)
     weight = len(classes) / (len(counts) * counts[classes])
-    out = kernel.copy()
-    out[np.diag_indices_from(out)] += ridge / weight
-    return out
+    kernel[np.diag_indices_from(kernel)] += ridge / weight
+    return kernel
 
 
 def _weights(kernel: Floats, ridge: float, classes: NDArray[np.intp]) -> Floats:
-    """Weights (n, K) of the labels in the score of each class."""
+    """Weights (n, K) of the labels in the score of each class; overwrites the kernel."""
     return np.asarray(np.linalg.solve(_regularised(kernel, ridge, classes), _targets(classes)))
 
 
 def _left_out(
     kernel: Floats, ridge: float, classes: NDArray[np.intp], folds: NDArray[np.intp]
 ) -> Floats:
-    """Scores (n, K) of each label by a classifier fitted without its fold."""
+    """Scores (n, K) of each label by a fit without its fold; overwrites the kernel."""
     targets = _targets(classes)
     inverse = np.linalg.inv(_regularised(kernel, ridge, classes))
     weights = inverse @ targets

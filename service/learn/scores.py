@@ -14,6 +14,8 @@ Floats = NDArray[np.float64]
 _BINS = 10
 _DRAWS = 1000
 _INTERVAL = (2.5, 97.5)
+SCORED_AT_ONCE = 2 * _DRAWS
+"""Matrices (K, K) that an interval takes beside one for each place."""
 
 
 def confusion_matrix(

@@ -25,6 +25,7 @@ from service.errors import Overloaded, RasterTooLarge
 from service.grid import Grid
 from service.infer.model import LoadedModel
 from service.infer.patches import PatchGrid
+from service.learn.kernel import fit_bytes
 from service.read.radiometry import sample_bytes
 from service.read.reader import CELL_BYTES, Footprint, footprint
 from service.read.stack import Stack
@@ -404,6 +405,15 @@ def labelling_need(count: int) -> Need:
         arrays=COVERAGE_BYTES + count * MOST_OF_A_POLYGON * _POSITION_BYTES,
         what=f"pixels of {count} labels",
         remedy="Send fewer labels at a time",
+    )
+
+
+def fit_need(labels: int, width: int, classes: int, sets: int) -> Need:
+    """The memory of fitting own classes to labels; see `fit_bytes`."""
+    return Need(
+        arrays=fit_bytes(labels, width, classes, sets),
+        what=f"the fit of {classes} classes to {labels} labelled pixels",
+        remedy="Label fewer pixels",
     )
 
 

@@ -59,7 +59,7 @@ from service.read.vectors import read_labels
 from service.run.coverage import check_coverage
 from service.run.executors import Timing, check
 from service.run.labels import label_pixels
-from service.run.memory import MemoryBudget, labelling_need, points_need
+from service.run.memory import MemoryBudget, fit_need, labelling_need, points_need, series_need
 from service.run.plan import plan_raster, unique
 from service.run.points import predict_pixels
 from service.run.request import Charge, HeadRequest, no_charge
@@ -237,14 +237,18 @@ class _Teaching:
                 f"class '{name}' has {some} {has}. Label it in at least {_FEWEST_PLACES} places"
             )
             warnings.append(StackWarning(code="few_places", detail=detail))
-        fitted = fit(
-            self._candidates(samples.features[kept], facts["bands"]),
-            classes,
-            self._folds(where, samples.labels[kept], classes),
-            partial(check, self.cancelled),
-        )
+        candidates = self._candidates(samples.features[kept], facts["bands"])
+        need = fit_need(len(kept), samples.features.shape[1], len(names), len(candidates))
+        with self.budget.take(need, cancelled=self.cancelled, patience=self.patience):
+            fitted = fit(
+                candidates,
+                classes,
+                self._folds(where, samples.labels[kept], classes),
+                partial(check, self.cancelled),
+            )
+            scored = scores(fitted.probabilities, classes, where, fitted.tested)
         metrics = {
-            **scores(fitted.probabilities, classes, where, fitted.tested),
+            **scored,
             "split": f"{'places' if where.max() else 'labels of one place'} left out, in folds",
             "labels": dict(Counter(labels[n].name for n in np.unique(samples.labels[kept]))),
             "places": int(where.max()) + 1,
@@ -338,15 +342,14 @@ class _Teaching:
         self._check_bands(bands, "some series")
         dates = int(np.median([len(set(one.series.dates)) for one in given]))
         features = self._features(bands, dates)
-        run = plan_series(
-            features,
-            [one.series for one in given],
-            start=self.request.start,
-            cancelled=self.cancelled,
-        )
-        warnings += run.warnings
+        series = [one.series for one in given]
         width = features.width[0]
-        with self.charge(len(given)):
+        memory = self.budget.take(
+            series_need(features, series), cancelled=self.cancelled, patience=self.patience
+        )
+        with self.charge(len(given)), memory:
+            run = plan_series(features, series, start=self.request.start, cancelled=self.cancelled)
+            warnings += run.warnings
             rows = [np.full(width, np.nan, np.float32) if row is None else row
                     for row in predict_series(run, self.cancelled)]  # fmt: skip
         samples = _Samples(features=np.stack(rows), labels=np.arange(len(given)), xy=None)
