@@ -664,6 +664,26 @@ def test_an_upload_that_is_cut_leaves_nothing_to_see(
     far.close()
 
 
+def test_the_rest_of_a_file_is_read_by_blocks(
+    bucket: Backend, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = storage_of(tmp_path, bucket.storage, s3.endpoint)
+    content = np.random.default_rng(5).bytes(5 * 2**19)
+    near.write("large.tif", content)
+    sizes: list[int] = []
+    read = s3_module.OpenedObject.read
+
+    def counted(file: s3_module.OpenedObject, start: int, size: int) -> bytes:
+        sizes.append(size)
+        return read(file, start, size)
+
+    monkeypatch.setattr(s3_module.OpenedObject, "read", counted)
+    with near.file("large.tif").open("rb") as reader:
+        assert reader.read() == content
+    assert sizes == [2**20] * 3
+    near.close()
+
+
 def test_an_upload_that_fails_is_aborted(bucket: Backend, s3: S3, tmp_path: Path) -> None:
     near = storage_of(tmp_path, bucket.storage, s3.endpoint)
     assert isinstance(near, S3Storage)

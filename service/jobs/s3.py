@@ -149,6 +149,13 @@ class _Reader(io.RawIOBase):
         self._at += len(found)
         return len(found)
 
+    def readall(self) -> bytes:
+        # That of the class above reads 8 KiB at a time, each by a request.
+        blocks = []
+        while block := self.read(_BLOCK_BYTES):
+            blocks.append(block)
+        return b"".join(blocks)
+
 
 class S3Storage:
     """A bucket, or a part of it. Credentials come from the variables `AWS_*`, as for its tools.
