@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.kits.patience import soon
+from training.__main__ import app
 from training.card import pretrain_command
 from training.config import PatchEncoderConfig, PixelEncoderConfig
 from training.datasets import PatchSet
@@ -101,7 +102,6 @@ def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
     # As a person calls it, and as the card of the bundle tells it.
     words = shlex.split(pretrain_command(TINY, tmp_path))[1:]
     options = ["--device", "cpu", "--data", "nowhere"]
-    call = [sys.executable, *words, *options]
     assert words[:2] == ["-m", "training"]
     held = [sys.executable, "-c", _WAITS, *words[2:], *options, str(tmp_path / "reached")]
     run = subprocess.Popen(held, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
     # Rows that the kill may have left after the checkpoint are replaced, not kept twice.
     with (tmp_path / LOG_FILE).open("a") as file:
         file.write("1")  # a row of step 10, say, cut after its first digit
-    subprocess.run(call, cwd=ROOT, check=True, capture_output=True)
+    app([*words[2:], *options], standalone_mode=False)
     assert rows(tmp_path) == rows(undisturbed)
     torch.testing.assert_close(weights(tmp_path), weights(undisturbed), rtol=0, atol=0)
 
