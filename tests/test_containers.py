@@ -409,6 +409,25 @@ def test_a_request_of_sentinelhub_py_says_the_date(tmp_path: Path) -> None:
         opened(files, tmp_path, mask="none")
 
 
+def test_a_collection_beside_rasters_is_named_and_left_out(tmp_path: Path) -> None:
+    # As openEO's client downloads the results of a job.
+    about = {"type": "Collection", "stac_version": "1.0.0", "id": "j-1", "assets": {}}
+    pixels = np.full((3, 2, 2), 500, np.uint16)
+    file = write(tmp_path / "openEO_2021-01-05Z.tif", pixels, descriptions=BANDS)
+    stack = opened([file, as_json(tmp_path, "job-results.json", about)], tmp_path, mask="none")
+    assert stack.dates == (date(2021, 1, 5),)
+    (warning,) = stack.warnings
+    assert warning.code == "files_unused"
+    assert "1 of 2 files not used: job-results.json: a STAC Collection" in warning.detail
+
+
+@pytest.mark.parametrize("kind", ["Collection", "Feature"])
+def test_metadata_without_rasters_is_refused(tmp_path: Path, kind: str) -> None:
+    document = {"type": kind, "stac_version": "1.0.0", "properties": {"datetime": "2021-01-05"}}
+    with pytest.raises(InvalidRequest, match=r"metadata \('item\.json'\) and no raster"):
+        opened([as_json(tmp_path, "item.json", document)], tmp_path)
+
+
 @pytest.mark.parametrize("document", [{"type": "FeatureCollection"}, [], 3, {"url": "x"}])
 def test_other_json_is_left_out(tmp_path: Path, document: object) -> None:
     files = [as_json(tmp_path, "a.json", document), one_band(tmp_path, "20210105_B02.tif", 1)]

@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
-from service.errors import BodyTooLarge, Cancelled, InvalidRequest, NotAGeoTIFF, StackWarning, shown
+from service.errors import (
+    BodyTooLarge,
+    Cancelled,
+    InvalidRequest,
+    NotAGeoTIFF,
+    StackWarning,
+    first_names,
+    shown,
+)
 from service.read.band_names import band_of, quality_of, stem
 from service.read.dates import date_of
 from service.read.geotiff import ZARR, Georeference, Header, SourceFile, is_of_zarr, label
@@ -50,6 +58,7 @@ _METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
 _RASTER = re.compile(r"\.(tiff?|jp2)$", re.IGNORECASE)
 _PRODUCT = re.compile(r"(^|/)(MTD_MSIL(1C|2A)|S2[A-D]_[A-Z]{4}_MTD_[A-Z0-9]+_.*)\.xml$")
 _MAX_XML_BYTES = 4 * 2**20
+_NAMED_AT_MOST = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,7 +384,7 @@ class Product:
 
 
 def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[Metadata]]:
-    """Rasters, and the products that metadata among the files describe."""
+    """Rasters, and the products that metadata among the files describe, without collections."""
     rasters: list[SourceFile] = []
     products: list[Metadata] = []
     for file in files:
@@ -383,9 +392,24 @@ def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[
             products.append(_product(file))
         elif _is_json(file.name) and (item := _item(file)):
             products.append(item)
-        else:
+        elif not (_is_json(file.name) and _is_of_a_collection(file)):
             rasters.append(file)
     return rasters, products
+
+
+def unused_collections(files: Sequence[SourceFile]) -> tuple[StackWarning, ...]:
+    """The warning that STAC Collections or Catalogs among the files are not used.
+
+    openEO writes one beside the results of a batch job (job-results.json).
+    """
+    names = [file.name for file in files if _is_json(file.name) and _is_of_a_collection(file)]
+    if not names:
+        return ()
+    detail = (
+        f"{len(names)} of {len(files)} files not used: {first_names(names, _NAMED_AT_MOST)}: a "
+        "STAC Collection or Catalog, which describes no single file"
+    )
+    return (StackWarning(code="files_unused", detail=detail),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,12 +454,8 @@ def _band_tags(described: Described, band: AssetBand) -> dict[str, str]:
 
 def _item(file: SourceFile) -> Item | None:
     """The metadata in a JSON file; None if the file is another kind of document."""
-    try:
-        with file.path.open("rb") as source:
-            document = json.loads(source.read(_MAX_XML_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(document, dict):
+    document = _document(file)
+    if document is None:
         return None
     root = file.name.rpartition("/")[0]
     if document.get("type") == "Feature" and "stac_version" in document:
@@ -444,6 +464,22 @@ def _item(file: SourceFile) -> Item | None:
     if day is None:
         return None
     return Item(root=root, common={"datetime": day} if day else {}, assets={})
+
+
+def _document(file: SourceFile) -> dict[str, Any] | None:
+    """The object in a JSON file; None if the file holds none."""
+    try:
+        with file.path.open("rb") as source:
+            document = json.loads(source.read(_MAX_XML_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _is_of_a_collection(file: SourceFile) -> bool:
+    """Whether a JSON file holds a STAC Collection or Catalog."""
+    document = _document(file) or {}
+    return document.get("type") in {"Collection", "Catalog"} and "stac_version" in document
 
 
 def _stac_item(document: Mapping[str, Any], root: str) -> Item:

@@ -24,7 +24,12 @@ from service.errors import InvalidRequest, MissingBands, RasterTooLarge, StackWa
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
 from service.read.band_names import ALPHA
-from service.read.containers import ignored_offsets, split_products, with_product
+from service.read.containers import (
+    ignored_offsets,
+    split_products,
+    unused_collections,
+    with_product,
+)
 from service.read.geotiff import (
     Driver,
     FileMemory,
@@ -268,6 +273,7 @@ def open_stack(
     """
     _check_options(files, options)
     headers, ignored = read_headers(files)
+    _check_rasters(files, headers)
     detected = sensors_of(headers, options.sensor)
     foreign = check_sensors(headers, detected, sensors, other_sensors, model)
     by_file = {
@@ -350,6 +356,7 @@ def stack_bands(files: Sequence[SourceFile], options: StackOptions) -> tuple[str
     """
     _check_options(files, options)
     headers, _ = read_headers(files)
+    _check_rasters(files, headers)
     detected = sensors_of(headers, options.sensor)
     headers = [
         in_sentinel_2_terms(header, sensor)
@@ -382,6 +389,15 @@ def _check_options(files: Sequence[SourceFile], options: StackOptions) -> None:
             )
 
 
+def _check_rasters(files: Sequence[SourceFile], headers: Sequence[Header]) -> None:
+    if not headers:
+        raise InvalidRequest.of(
+            "files",
+            f"the request has metadata ('{files[0].name}') and no raster: add the .tif or .jp2 "
+            "files that the metadata describes",
+        )
+
+
 def _numbers(given: DatedNumber | None) -> Sequence[float]:
     if given is None:
         return ()
@@ -395,7 +411,8 @@ def read_headers(files: Sequence[SourceFile]) -> tuple[list[Header], tuple[Stack
         files: rasters and metadata files.
 
     Returns:
-        The headers, and warnings about offsets in the metadata that are not applied.
+        The headers, and warnings about offsets in the metadata that are not applied, and about
+        collections that are not used.
 
     Raises:
         NotAGeoTIFF: a file is not a raster that the service reads.
@@ -407,10 +424,11 @@ def read_headers(files: Sequence[SourceFile]) -> tuple[list[Header], tuple[Stack
     with gdal_options():
         rasters, products = split_products(files)
         headers = [read_header(file, known) for file in rasters]
+        unused = unused_collections(files) if len(rasters) < len(files) - len(products) else ()
         if not products:
-            return headers, ()
+            return headers, unused
         ignored = ignored_offsets(headers, products)
-        return [with_product(header, products) for header in headers], ignored
+        return [with_product(header, products) for header in headers], (*unused, *ignored)
 
 
 def _check_size(arranged: Arrangement, grid: Grid, bands: Sequence[str], max_bytes: int) -> None:
