@@ -371,7 +371,11 @@ def measuring_need(stack: Stack, window_bytes: int, *, points: int, fields: int)
 
 
 def series_need(
-    model: LoadedModel, series: Sequence[SeriesInput], *, attribution: bool = False
+    model: LoadedModel,
+    series: Sequence[SeriesInput],
+    *,
+    attribution: bool = False,
+    as_json: bool = True,
 ) -> Need:
     """The memory of predicting for series of JSON.
 
@@ -379,17 +383,19 @@ def series_need(
         model: the model.
         series: the series.
         attribution: whether the attribution of each date is requested.
+        as_json: whether the predictions are returned as JSON; else they stay arrays.
     """
     dates = sum(len(one.dates) for one in series)
     days = len({day for one in series for day in one.dates})
     bands = max((len(one.bands) for one in series), default=0)
-    # A prediction as the model returns it, as objects, and as text.
+    # A prediction as the model returns it, as objects, and as text; or in three arrays.
+    number_bytes = 2 * _NUMBER_BYTES if as_json else 3 * 4
     numbers = int(np.prod(model.width)) * len(series) + (dates if attribution else 0)
     return Need(
         arrays=2 * min(SERIES_BATCH_BYTES, min(model.chunk, len(series)) * days * (4 * bands + 1))
         + len(series) * _SERIES_BYTES
         + dates * (_DATE_BYTES + bands * _NUMBER_BYTES)
-        + numbers * 2 * _NUMBER_BYTES,
+        + numbers * number_bytes,
         what=f"{len(series)} series of {dates} dates together, and their results,",
         remedy="Send fewer series at a time",
     )

@@ -345,7 +345,9 @@ class _Teaching:
         series = [one.series for one in given]
         width = features.width[0]
         memory = self.budget.take(
-            series_need(features, series), cancelled=self.cancelled, patience=self.patience
+            series_need(features, series, as_json=False),
+            cancelled=self.cancelled,
+            patience=self.patience,
         )
         with self.charge(len(given)), memory:
             run = plan_series(features, series, start=self.request.start, cancelled=self.cancelled)
