@@ -368,7 +368,12 @@ def test_each_warning_is_stated_once_in_headers_and_in_json(
     assert raster.status_code == 200, raster.text
     warnings = raster.headers.get_list("PIMC-Warning")
     codes = [text.partition("; ")[0] for text in warnings]
-    assert sorted(codes) == ["dates_outside_window", "merged_dates", "partial_season"]
+    assert sorted(codes) == [
+        "dates_contradicted",
+        "dates_outside_window",
+        "merged_dates",
+        "partial_season",
+    ]
     summary = api.post(
         "/classify-pixels",
         files=scene.files(),
