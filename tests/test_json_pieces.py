@@ -153,6 +153,7 @@ def test_wrong_values_have_the_same_errors_in_pieces(kind: str) -> None:
         assert repr(read(data, reader, size)) == repr(read(data, reader, 2**30)), (number, size)
 
 
+@pytest.mark.slow
 def test_too_many_points_have_the_same_error_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, body = READERS["points"]
     monkeypatch.setattr(schemas, "MAX_POINTS", 3)

@@ -37,6 +37,8 @@ from service.settings import Settings
 from tests.kits.jobs import ASYNC, result, waited
 from tests.kits.ranges import RangeServer, range_server
 
+pytestmark = pytest.mark.slow
+
 SIDE, BLOCK = 2048, 256
 BANDS = ("B02", "B04", "B08")
 HERE = Settings(allowed_hosts="127.0.0.1")

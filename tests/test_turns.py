@@ -14,6 +14,8 @@ from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import SERIES, Backend, Files, result, stack, submitted, waited
 from tests.kits.patience import soon
 
+pytestmark = pytest.mark.slow
+
 ANNA, BEN = {"X-API-Key": "anna"}, {"X-API-Key": "ben"}
 LONG = 10
 """Long jobs of one caller."""
@@ -118,7 +120,6 @@ def test_a_caller_alone_is_not_interrupted(
         assert [lease for (lease,) in backend.rows("SELECT lease FROM jobs")] == [1, 1]
 
 
-@pytest.mark.slow
 def test_who_waits_with_fewer_running_jobs(backend: Backend) -> None:
     names = map(str, count())
 

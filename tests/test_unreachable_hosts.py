@@ -24,6 +24,8 @@ from tests.kits.patience import soon
 from tests.kits.ranges import RangeServer, range_server
 from tests.kits.replicas import submitted_held
 
+pytestmark = pytest.mark.slow
+
 SIDE, BLOCK = 512, 128
 
 
