@@ -300,7 +300,7 @@ def test_swapped_red_and_near_infrared_give_a_warning(api: httpx.Client, tmp_pat
     files = stack(tmp_path, noise(3))
     assert warned(api.post("/embed", files=files)) == set()
     swapped = api.post("/embed", files=files, data={"bands": "B02,B08,B04"})
-    assert warned(swapped) == {"bands_suspected_swapped"}
+    assert warned(swapped) == {"bands_suspected_swapped", "bands_contradicted"}
 
 
 # Grids --------------------------------------------------------------------------------------
