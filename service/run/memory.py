@@ -25,7 +25,6 @@ from service.errors import Overloaded, RasterTooLarge
 from service.grid import Grid
 from service.infer.model import LoadedModel
 from service.infer.patches import PatchGrid
-from service.learn.kernel import fit_bytes
 from service.read.radiometry import sample_bytes
 from service.read.reader import CELL_BYTES, Footprint, footprint
 from service.read.stack import Stack
@@ -414,10 +413,16 @@ def labelling_need(count: int) -> Need:
     )
 
 
-def fit_need(labels: int, width: int, classes: int, sets: int) -> Need:
-    """The memory of fitting own classes to labels; see `fit_bytes`."""
+def fit_need(arrays: int, *, labels: int, classes: int) -> Need:
+    """The memory of fitting own classes to labels.
+
+    Args:
+        arrays: memory of the fit, bytes: `fit_bytes`, which imports onnx.
+        labels: number of labelled pixels.
+        classes: number of classes.
+    """
     return Need(
-        arrays=fit_bytes(labels, width, classes, sets),
+        arrays=arrays,
         what=f"the fit of {classes} classes to {labels} labelled pixels",
         remedy="Label fewer pixels",
     )

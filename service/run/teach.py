@@ -47,7 +47,7 @@ from service.learn.graph import (
     series_length,
     with_head,
 )
-from service.learn.kernel import Features, Fitted, fit
+from service.learn.kernel import Features, Fitted, fit, fit_bytes
 from service.learn.places import folds_of, named_places, spatial_places
 from service.learn.scores import scores
 from service.read.geotiff import BlockCache
@@ -238,7 +238,8 @@ class _Teaching:
             )
             warnings.append(StackWarning(code="few_places", detail=detail))
         candidates = self._candidates(samples.features[kept], facts["bands"])
-        need = fit_need(len(kept), samples.features.shape[1], len(names), len(candidates))
+        size = fit_bytes(len(kept), samples.features.shape[1], len(names), len(candidates))
+        need = fit_need(size, labels=len(kept), classes=len(names))
         with self.budget.take(need, cancelled=self.cancelled, patience=self.patience):
             fitted = fit(
                 candidates,
