@@ -25,7 +25,6 @@ from service.read.band_names import (
     QUALITY,
     TWINS,
     band_of,
-    level_of,
     quality_of,
     stem,
     why_no_band,
@@ -264,20 +263,20 @@ def _surface_first(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[
     """The slots without imagery of level 1C on dates of which level 2A has all needed bands."""
     of_2a: dict[date | None, set[str]] = defaultdict(set)
     for slot in slots:
-        if level_of(slot.file.name) == "2A":
+        if slot.file.level == "2A":
             of_2a[slot.day] |= slot.numbers.keys()
     days = {day for day, bands in of_2a.items() if bands.issuperset(query.needed)}
     return [
         slot
         for slot in slots
-        if slot.day not in days or slot.file.is_mask or level_of(slot.file.name) != "1C"
+        if slot.day not in days or slot.file.is_mask or slot.file.level != "1C"
     ]
 
 
 def _top_of_atmosphere(query: LayoutQuery, used: set[int]) -> list[StackWarning]:
     """The warning that files hold reflectance at the top of the atmosphere."""
     files = [file for file in query.files if id(file.header) in used and not file.is_mask]
-    names = [file.name for file in files if level_of(file.name) == "1C"]
+    names = [file.name for file in files if file.level == "1C"]
     if not names:
         return []
     mixed = "" if len(names) == len(files) else ", unlike the other files, so that dates differ"

@@ -339,8 +339,13 @@ def band_in_name(name: str) -> str | None:
     folders, _, _ = name.rpartition("/")
     own = stem(name)
     texts = [own, folders.rpartition("/")[2]] if folders else [own]
-    band = next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
+    band = _first_of(texts)
     return TWINS["B08"] if band == "B08" and _FORCE_NARROW.search(own) else band
+
+
+def _first_of(texts: Sequence[str]) -> str | None:
+    """The band, or quality band, of the first text that names one."""
+    return next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
 
 
 def of_the_browser(name: str) -> bool:
@@ -421,8 +426,7 @@ def stem(name: str) -> str:
 def tagged_band(tags: Mapping[str, str]) -> str | None:
     """The band, or quality band, that a band's own tags (lower-case keys) name."""
     texts = [tags[key] for key in _NAME_TAGS if key in tags]
-    named = next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
-    return named or band_at_wavelength(tags)
+    return _first_of(texts) or band_at_wavelength(tags)
 
 
 def band_at_wavelength(tags: Mapping[str, str]) -> str | None:

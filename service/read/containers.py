@@ -180,7 +180,7 @@ def _members(
             with archive.open(member) as content:
                 used += _write(content, path, room - used, source.name, limit, cancelled)
             written = SourceFile(name=name, path=path)
-            if _is_json(name) and _item(written) is None:
+            if _is_json(name) and _item(_document(written), name) is None:
                 path.unlink()
                 left_out.append((name, "not a raster (.tif or .jp2)"))
                 continue
@@ -383,30 +383,40 @@ class Product:
         return tags
 
 
-def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[Metadata]]:
-    """Rasters, and the products that metadata among the files describe, without collections."""
+def split_products(
+    files: Sequence[SourceFile],
+) -> tuple[list[SourceFile], list[Metadata], list[str]]:
+    """Rasters, products that metadata among the files describe, and names of STAC Collections."""
     rasters: list[SourceFile] = []
     products: list[Metadata] = []
+    collections: list[str] = []
     for file in files:
         if _PRODUCT.search(file.name):
             products.append(_product(file))
-        elif _is_json(file.name) and (item := _item(file)):
+            continue
+        document = _document(file) if _is_json(file.name) else {}
+        if item := _item(document, file.name):
             products.append(item)
-        elif not (_is_json(file.name) and _is_of_a_collection(file)):
+        elif _is_of_a_collection(document):
+            collections.append(file.name)
+        else:
             rasters.append(file)
-    return rasters, products
+    return rasters, products, collections
 
 
-def unused_collections(files: Sequence[SourceFile]) -> tuple[StackWarning, ...]:
+def unused_collections(names: Sequence[str], count: int) -> tuple[StackWarning, ...]:
     """The warning that STAC Collections or Catalogs among the files are not used.
 
     openEO writes one beside the results of a batch job (job-results.json).
+
+    Args:
+        names: names of these files.
+        count: number of all files.
     """
-    names = [file.name for file in files if _is_json(file.name) and _is_of_a_collection(file)]
     if not names:
         return ()
     detail = (
-        f"{len(names)} of {len(files)} files not used: {first_names(names, _NAMED_AT_MOST)}: a "
+        f"{len(names)} of {count} files not used: {first_names(names, _NAMED_AT_MOST)}: a "
         "STAC Collection or Catalog, which describes no single file"
     )
     return (StackWarning(code="files_unused", detail=detail),)
@@ -452,12 +462,9 @@ def _band_tags(described: Described, band: AssetBand) -> dict[str, str]:
     }
 
 
-def _item(file: SourceFile) -> Item | None:
-    """The metadata in a JSON file; None if the file is another kind of document."""
-    document = _document(file)
-    if document is None:
-        return None
-    root = file.name.rpartition("/")[0]
+def _item(document: Mapping[str, Any], name: str) -> Item | None:
+    """The metadata in a JSON document with a file name; None if it is of another kind."""
+    root = name.rpartition("/")[0]
     if document.get("type") == "Feature" and "stac_version" in document:
         return _stac_item(document, root)
     day = _requested_day(document)
@@ -466,19 +473,18 @@ def _item(file: SourceFile) -> Item | None:
     return Item(root=root, common={"datetime": day} if day else {}, assets={})
 
 
-def _document(file: SourceFile) -> dict[str, Any] | None:
-    """The object in a JSON file; None if the file holds none."""
+def _document(file: SourceFile) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file holds none."""
     try:
         with file.path.open("rb") as source:
             document = json.loads(source.read(_MAX_XML_BYTES))
     except (OSError, ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
-def _is_of_a_collection(file: SourceFile) -> bool:
-    """Whether a JSON file holds a STAC Collection or Catalog."""
-    document = _document(file) or {}
+def _is_of_a_collection(document: Mapping[str, Any]) -> bool:
+    """Whether a JSON document is a STAC Collection or Catalog."""
     return document.get("type") in {"Collection", "Catalog"} and "stac_version" in document
 
 

@@ -29,6 +29,7 @@ from service.read.band_names import (
     calls_itself_alpha,
     ends_as_alpha,
     is_broad_nir,
+    level_of,
     of_the_browser,
     only_positions,
     product_bands,
@@ -147,6 +148,11 @@ class DescribedFile:
     def name_band(self) -> str | None:
         """The band in the file's name, or else in its folder's name."""
         return band_in_name(self.name) or (ALPHA if ends_as_alpha(stem(self.name)) else None)
+
+    @cached_property
+    def level(self) -> str | None:
+        """The level of Sentinel-2 reflectance by the names of the file and its folders."""
+        return level_of(self.name)
 
     @cached_property
     def is_a_picture(self) -> bool:

@@ -422,9 +422,9 @@ def read_headers(files: Sequence[SourceFile]) -> tuple[list[Header], tuple[Stack
     # In one thread: parsing headers holds the GIL, and two threads that wait for it take 1.5 times
     # as long.
     with gdal_options():
-        rasters, products = split_products(files)
+        rasters, products, collections = split_products(files)
         headers = [read_header(file, known) for file in rasters]
-        unused = unused_collections(files) if len(rasters) < len(files) - len(products) else ()
+        unused = unused_collections(collections, len(files))
         if not products:
             return headers, unused
         ignored = ignored_offsets(headers, products)
