@@ -245,6 +245,8 @@ class Usage:
     """Number of pixels, series and points on this day (UTC)."""
     bytes: int
     """Size of the files of all jobs."""
+    day: int = field(default=0, compare=False)
+    """Number of this day since 1970 (UTC), by the database's clock."""
     day_left: int = field(default=_DAY, compare=False)
     """Seconds until the next day begins (UTC), by the database's clock."""
 
@@ -1651,7 +1653,8 @@ def _usage(db: Session, caller: str) -> Usage:
     row = db.execute(
         "SELECT pixels FROM usage WHERE caller = ? AND day = ?", (caller, today)
     ).fetchone()
-    return Usage(jobs=jobs, pixels=row["pixels"] if row else 0, bytes=size, day_left=left)
+    pixels = row["pixels"] if row else 0
+    return Usage(jobs=jobs, pixels=pixels, bytes=size, day=today, day_left=left)
 
 
 def _charge(db: Session, caller: str, pixels: int, share: Share) -> None:
@@ -1676,7 +1679,7 @@ def _charge(db: Session, caller: str, pixels: int, share: Share) -> None:
     db.execute(
         "INSERT INTO usage VALUES (?, ?, ?) "
         "ON CONFLICT (caller, day) DO UPDATE SET pixels = usage.pixels + excluded.pixels",
-        (caller, _day(db)[0], pixels),
+        (caller, used.day, pixels),
     )
 
 
