@@ -65,6 +65,8 @@ class MemoryJournal:
 class Counting(ThreadExecutor):
     """An executor that records the windows that are read."""
 
+    read: list[tuple[str, int]]
+
     def __init__(self) -> None:
         super().__init__()
         object.__setattr__(self, "read", [])
@@ -151,20 +153,17 @@ def test_a_resumed_run_equals_an_undisturbed_run(
     saved: dict[tuple[str, int], Arrays],
     tmp_path: Path,
 ) -> None:
-    half = len(saved) // 2
-    killed = MemoryJournal(half)
-    with pytest.raises(Killed):
-        run(plan, tmp_path / "killed", killed)
-    # No finished raster is there; the caller removes the folder with its temporary files.
-    assert not list((tmp_path / "killed").glob("*.tif"))
-    assert list(killed.saved) == list(saved)[:half]
-    for after in (1, half, len(saved) - 1):
-        kept = MemoryJournal()
-        kept.saved = killed.saved if after == half else dict(list(saved.items())[:after])
+    for after in (0, 1, len(saved) // 2, len(saved) - 1):
+        kept = MemoryJournal(after)
+        with pytest.raises(Killed):
+            run(plan, tmp_path / f"killed-{after}", kept)
+        # No finished raster is there; the caller removes the folder with its temporary files.
+        assert not list((tmp_path / f"killed-{after}").glob("*.tif"))
+        kept.after = None
         executor = Counting()
         again, document, shares = run(plan, tmp_path / f"again-{after}", kept, executor)
         assert (again, document) == undisturbed
-        assert executor.read == list(saved)[after:]  # type: ignore[attr-defined]
+        assert executor.read == list(saved)[after:]
         assert shares == sorted(shares)
         assert shares[-1] == 1
 
@@ -184,4 +183,4 @@ def test_windows_after_a_missing_one_are_computed_again(
     assert (again, same) == undisturbed
     # Up to the end of that pass; the windows of later passes are not computed again.
     expected = [step for step in steps[lost:] if step[0] == steps[lost][0]]
-    assert executor.read == expected  # type: ignore[attr-defined]
+    assert executor.read == expected

@@ -41,6 +41,21 @@ def environment(state: Path, **settings: str) -> dict[str, str]:
     return {**inherited, "PIMC_STATE_DIR": str(state), "PIMC_PROVIDERS": "cpu", **settings}
 
 
+def python(
+    *arguments: str, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter in the checkout to its end, in an environment or in that of the tests."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
 def failed_start(state: Path, *, forked: bool = True, **settings: str) -> tuple[int, str]:
     """Exit status and stderr of a `python -m service` that does not start.
 
@@ -53,15 +68,7 @@ def failed_start(state: Path, *, forked: bool = True, **settings: str) -> tuple[
     if forked:
         done = ran("service", variables=variables)
     else:
-        done = subprocess.run(
-            [sys.executable, "-m", "service"],
-            cwd=ROOT,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        done = python("-m", "service", variables=variables)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 
@@ -282,14 +289,8 @@ def test_objects_of_the_start_are_left_out_of_garbage_collections() -> None:
 
 
 def test_importing_the_service_does_not_import_training_packages() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import service.__main__, sys; print(*sys.modules)"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=True,
-    )
+    done = python("-c", "import service.__main__, sys; print(*sys.modules)")
+    assert done.returncode == 0, done.stderr
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "onnxruntime" in loaded
     heavy = {"torch", "onnx", "onnxscript", "sklearn", "scipy", "pandas", "matplotlib", "PIL"}

@@ -9,4 +9,4 @@ import sys
 
 if __name__ == "__main__":
     text = sys.argv.pop(1)
-    exec(text, {"__name__": "__main__"})  # noqa: S102 - a test's
+    exec(text, {"__name__": "__main__"})  # noqa: S102 - the program is a test's own
