@@ -49,9 +49,10 @@ class Served:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as response:  # noqa: S310 - ours
             return str(response.read().decode())
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
-        lines = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
+    def metric(self, name: str, labels: str = ".*") -> float:
+        """The sum of a metric over those of its labels that match an expression."""
+        pattern = rf"^{name}(?:\{{{labels}\}})? (\S+)$"
+        lines = re.findall(pattern, self.get("/metrics"), re.MULTILINE)
         return sum(map(float, lines))
 
     def leftovers(self) -> list[str]:

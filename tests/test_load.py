@@ -74,8 +74,12 @@ def test_a_report_states_growth_leftovers_and_delays() -> None:
 
     steady, growing = [1e8] * 600, [1e8 + 1e5 * second for second in range(600)]
     assert of(steady).faults == of(steady).delays == []
-    assert of(growing).growth > statistics.fmean(growing[-60:]) / growing[180] - 1
-    assert "memory changed" in of(growing).delays[0]
+    assert (
+        of(growing).growth
+        == statistics.fmean(growing[-160:]) / statistics.fmean(growing[120:280]) - 1
+    )
+    assert "memory grew" in of(growing).delays[0]
+    assert of(growing[::-1]).delays == []
     assert "left" in of(steady, leftovers=["pimc-x"]).faults[0]
     assert "in memory" in of([2e9] * 600).faults[0]
     assert of(steady, failures=["map: 500"]).faults == ["map: 500"]
