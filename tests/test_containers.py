@@ -402,6 +402,10 @@ def test_a_request_of_sentinelhub_py_says_the_date(tmp_path: Path) -> None:
         tiff = write(tmp_path / f"{folder}.tif", pixels, descriptions=BANDS)
         files.append(SourceFile(name=f"{folder}/response.tiff", path=tiff.path))
     assert opened(files, tmp_path, mask="none").dates == (date(2021, 1, 5), date(2021, 1, 15))
+    # Newer versions keep the response beside the request; the batch API the request's body alone.
+    as_json(tmp_path, "06e820ebeff0/request.json", {"request": process, "response": {}})
+    as_json(tmp_path, "20c6b387fa6c/request.json", {"input": {"data": data}, "evalscript": ""})
+    assert opened(files, tmp_path, mask="none").dates == (date(2021, 1, 5),)
     # A request for several weeks is a composite, which has no one date.
     span["to"] = "2021-02-28T23:59:59Z"
     as_json(tmp_path, "06e820ebeff0/request.json", process)
@@ -418,7 +422,7 @@ def test_a_collection_beside_rasters_is_named_and_left_out(tmp_path: Path) -> No
     assert stack.dates == (date(2021, 1, 5),)
     (warning,) = stack.warnings
     assert warning.code == "files_unused"
-    assert "1 of 2 files not used: job-results.json: a STAC Collection" in warning.detail
+    assert "1 of 2 files not used: 'job-results.json': a STAC Collection" in warning.detail
 
 
 @pytest.mark.parametrize("kind", ["Collection", "Feature"])
@@ -428,11 +432,128 @@ def test_metadata_without_rasters_is_refused(tmp_path: Path, kind: str) -> None:
         opened([as_json(tmp_path, "item.json", document)], tmp_path)
 
 
-@pytest.mark.parametrize("document", [{"type": "FeatureCollection"}, [], 3, {"url": "x"}])
-def test_other_json_is_left_out(tmp_path: Path, document: object) -> None:
-    files = [as_json(tmp_path, "a.json", document), one_band(tmp_path, "20210105_B02.tif", 1)]
+@pytest.mark.parametrize("document", [[], 3, {"url": "x"}, {"norm_factor": 0.0001}])
+def test_other_json_beside_rasters_is_named_and_left_out(tmp_path: Path, document: object) -> None:
+    files = [as_json(tmp_path, "a.json", document), *dated(tmp_path)]
+    (warning,) = opened(files, tmp_path, mask="none").warnings
+    assert warning.code == "files_unused"
+    assert "1 of 2 files not used: 'a.json': metadata in a form that is not read" in warning.detail
     with pytest.raises(NotAGeoTIFF, match=r"'a\.json'"):
-        opened(files, tmp_path)
+        opened(files[:1], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["area.json", "area.geojson"])
+def test_geojson_among_rasters_is_rejected(tmp_path: Path, name: str) -> None:
+    """The caller may expect that a polygon cuts the map."""
+    area = as_json(tmp_path, name, {"type": "FeatureCollection", "features": []})
+    with pytest.raises(NotAGeoTIFF, match=rf"'{name}' .*`fields`"):
+        opened([*dated(tmp_path), area], tmp_path)
+
+
+def dated(folder: Path) -> list[SourceFile]:
+    """One file of one date."""
+    return [write(folder / "S2_20210105.tif", np.full((3, 2, 2), 500, np.uint16),
+                  descriptions=BANDS)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("README.txt", b"Downloaded by hand", "a text or table"),
+        ("README", b"", "a text or table"),
+        ("dates.csv", b"2021-01-05\n", "give dates in `dates`"),
+        ("S2_20210105.qml", b"<!DOCTYPE qgis>", "a style"),
+        ("map.qgz", b"PK\x05\x06", "a style or project"),
+        ("S2_20210105.prj", b"PROJCS[]", "a georeference beside a raster"),
+        ("S2_20210105.TFW", b"10\n", "a georeference beside a raster"),
+        (".DS_Store", b"\0\0\0\1Bud1", "data of a file manager"),
+        ("x/Thumbs.db", b"\xd0\xcf\x11\xe0", "data of a file manager"),
+        ("SHA256SUMS", b"ab  S2.tif", "checksums"),
+        ("S2_20210105.tif.md5", b"ab", "checksums"),
+        ("preview.png", b"\x89PNG\r\n", "a picture"),
+        ("LC08_MTL.xml", b"<?xml?><LANDSAT/>", "metadata in a form that is not read"),
+        ("evalscript.js", b"//VERSION=3", "metadata in a form that is not read"),
+        ("S2_20210105.tif.ovr", b"II*\0", "overviews"),
+        ("S2_20210105.tif.msk", b"II*\0", "marks as missing are not known"),
+    ],
+)
+def test_files_that_lie_beside_rasters_are_named_and_left_out(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    (tmp_path / "beside").write_bytes(content)
+    beside = SourceFile(name=name, path=tmp_path / "beside")
+    stack = opened([beside, *dated(tmp_path)], tmp_path, mask="none")
+    assert stack.dates == (date(2021, 1, 5),)
+    (warning,) = stack.warnings
+    assert warning.code == "files_unused"
+    last = name.rpartition("/")[2]
+    assert f"1 of 2 files not used: '{last}': " in warning.detail
+    assert reason in warning.detail
+    if content[:2] != b"II":
+        with pytest.raises(NotAGeoTIFF, match=rf"'{name}'"):
+            opened([beside], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("B04.tif.aux.xml", b"<PAMDataset>"),
+        ("._README.txt", b"\x00\x05\x16\x07"),
+        ("S2_20210115.xml", b"<!DOCTYPE html><html>"),
+        ("S2_20210115.tif", b"\x89PNG\r\n"),
+        ("cube.nc", b"CDF\x01"),
+        ("cube.txt", b"\x89HDF\r\n"),
+    ],
+)
+def test_data_among_rasters_is_rejected(tmp_path: Path, name: str, content: bytes) -> None:
+    """A date of the stack may be missing, or what the caller expects to count."""
+    (tmp_path / "beside").write_bytes(content)
+    with pytest.raises(NotAGeoTIFF, match=rf"'{name}'"):
+        opened([*dated(tmp_path), SourceFile(name=name, path=tmp_path / "beside")], tmp_path)
+
+
+DAYS = ["2021-01-05", "2021-01-15", "2021-02-04"]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"norm_factor": 0.0002, "dates": DAYS},
+        {"norm_factor": 0.0002, "dates": [f"{day}T10:50:31Z" for day in DAYS]},
+        {"norm_factor": 0.0002, "scenes": [{"date": day, "tile": "31UES"} for day in DAYS]},
+        {"userData": {"norm_factor": 0.0002, "serialized_dates": json.dumps(DAYS)}},
+    ],
+)
+def test_sentinel_hubs_userdata_dates_the_bands(tmp_path: Path, document: object) -> None:
+    files = [as_json(tmp_path, "31UES/userdata.json", document)]
+    for n, band in enumerate(BANDS, start=1):
+        pixels = np.arange(1, 4, dtype=np.uint16)[:, None, None] * np.full((1, 2, 2), 100 * n)
+        made = write(tmp_path / f"{band}.tif", pixels.astype(np.uint16))
+        files.append(SourceFile(name=f"31UES/{band}.tif", path=made.path))
+    stack = opened(files, tmp_path, mask="none")
+    assert [str(day) for day in stack.dates] == DAYS
+    expected = np.outer([1, 2, 3], [1, 2, 3]) * 100 * 0.0002
+    np.testing.assert_allclose(values(stack)[:, :, 0, 0], expected, atol=1e-7)
+    (warning,) = stack.warnings
+    assert warning.code == "dates_assumed"
+    assert "the scale 0.0002 by its `norm_factor`" in warning.detail
+    assert "of '31UES/userdata.json', in its order (2021-01-05 to 2021-02-04)" in warning.detail
+
+
+@pytest.mark.parametrize("days", [DAYS[:2], DAYS * 2])
+def test_dates_of_another_number_than_the_bands_are_not_used(
+    tmp_path: Path, days: list[str]
+) -> None:
+    files = [as_json(tmp_path, "userdata.json", {"dates": days})]
+    files += [write(tmp_path / f"{band}.tif", np.full((3, 2, 2), 500, np.uint16)) for band in BANDS]
+    with pytest.raises(MissingDates):
+        opened(files, tmp_path, mask="none")
+    (unused,) = opened(
+        files, tmp_path, mask="none", dates=[*map(date.fromisoformat, DAYS)]
+    ).warnings
+    assert (
+        f"'userdata.json': its {len(days)} dates (2021-01-05, ...) are not those" in unused.detail
+    )
 
 
 def test_a_zip_keeps_its_items_and_names_other_json(tmp_path: Path) -> None:
@@ -551,6 +672,17 @@ def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> N
         ("s2.zarr/.zattrs", b"{}", "a Zarr store.*to_raster"),
         ("zarr.json", b'{"zarr_format":3}', "a Zarr store.*to_raster"),
         ("s2.zarr/B04/0.0.0", b"\x02\x01", "a Zarr store.*to_raster"),
+        ("hdr.adf", b"GRID1.2\0", "an ESRI grid.*the folder"),
+        ("w001001.adf", b"\x01\x02", "an ESRI grid.*the folder"),
+        ("dem.asc", b"ncols 4\nnrows 3\nxllcorner 0.0\n", "an ESRI ASCII grid.*gdal_translate"),
+        ("S2.dat", b"\1\2\3", "raw numbers without a header.*gdal_translate"),
+        ("fields.dbf", b"\x03\x7a", "a part of a shapefile.*`fields`"),
+        ("fields.fgb", b"fgb\x03fgb", "FlatGeobuf.*`fields`"),
+        ("fields.kml", b'<?xml version="1.0"?>\n<kml>', "KML.*`fields`"),
+        ("S2.ntf", b"NITF02.10", "NITF.*gdal_translate"),
+        ("S2.hdf", b"\x0e\x03\x13\x01", "HDF4.*gdal_translate"),
+        ("S2.grib", b"GRIB\0\0", "GRIB.*gdal_translate"),
+        ("B04.tif", b"", "it is empty"),
         ("B04.tif", b"who knows", "reads GeoTIFF and JP2 files"),
     ],
 )

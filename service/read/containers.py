@@ -29,12 +29,19 @@ from service.errors import (
     InvalidRequest,
     NotAGeoTIFF,
     StackWarning,
-    first_names,
     shown,
 )
 from service.read.band_names import band_of, quality_of, stem
-from service.read.dates import date_of
-from service.read.geotiff import ZARR, Georeference, Header, SourceFile, is_of_zarr, label
+from service.read.dates import date_of, tagged_date
+from service.read.geotiff import (
+    ZARR,
+    Georeference,
+    Header,
+    SourceFile,
+    is_of_zarr,
+    label,
+    side_file,
+)
 from service.read.jp2_guard import SIGNATURE
 from service.read.sensors import ITEM_BAND
 from service.read.stac import (
@@ -58,7 +65,6 @@ _METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
 _RASTER = re.compile(r"\.(tiff?|jp2)$", re.IGNORECASE)
 _PRODUCT = re.compile(r"(^|/)(MTD_MSIL(1C|2A)|S2[A-D]_[A-Z]{4}_MTD_[A-Z0-9]+_.*)\.xml$")
 _MAX_XML_BYTES = 4 * 2**20
-_NAMED_AT_MOST = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +186,7 @@ def _members(
             with archive.open(member) as content:
                 used += _write(content, path, room - used, source.name, limit, cancelled)
             written = SourceFile(name=name, path=path)
-            if _is_json(name) and _item(_document(written), name) is None:
+            if _is_json(name) and not _is_metadata(_document(written), name):
                 path.unlink()
                 left_out.append((name, "not a raster (.tif or .jp2)"))
                 continue
@@ -356,6 +362,7 @@ _OFFSET = re.compile(
     r"""<(?:BOA|RADIO)_ADD_OFFSET\s+band_id\s*=\s*["'](\d{1,2})["']\s*>\s*(-?[0-9.]{1,12})\s*<"""
 )
 _BASELINE = re.compile(r"<PROCESSING_BASELINE>\s*([0-9.]{1,8})\s*<")
+_LEVEL = re.compile(r"<PROCESSING_LEVEL>\s*(Level-[0-9A-Za-z]{2,3})\s*<")
 _SENSED = re.compile(r"<(?:DATATAKE_SENSING_START|PRODUCT_START_TIME)>\s*([0-9T:.Z-]{10,30})\s*<")
 
 
@@ -370,6 +377,8 @@ class Product:
     """Reflectance to add by band, 0 before processing baseline 04.00."""
     baseline: str | None
     sensed: str | None
+    level: str | None = None
+    """Such as `Level-1C`."""
 
     def tags(self, name: str) -> dict[str, str]:
         """The metadata in the form of tags of one of the product's files."""
@@ -380,46 +389,65 @@ class Product:
         tags = {"scale": f"{self.scale:g}", "offset": f"{self.offsets.get(band, 0.0):g}", **sensed}
         if self.baseline:
             tags["processing_baseline"] = self.baseline
+        if self.level:
+            tags["processing_level"] = self.level
         return tags
 
 
-def split_products(
-    files: Sequence[SourceFile],
-) -> tuple[list[SourceFile], list[Metadata], list[str]]:
-    """Rasters, products that metadata among the files describe, and names of STAC Collections."""
+@dataclass(frozen=True, kw_only=True)
+class Sorted:
+    """The files of a request by what they are for."""
+
+    rasters: tuple[SourceFile, ...]
+    """Files that are read as rasters, or rejected."""
+    metadata: tuple[Metadata, ...]
+    """Metadata of the rasters."""
+    lists: tuple[DateList, ...]
+    """Lists of dates, in the order of a raster's bands."""
+    left_out: tuple[tuple[str, str], ...]
+    """Files beside the rasters that are not used, each with the reason."""
+
+
+def sort_files(files: Sequence[SourceFile]) -> Sorted:
+    """Sort files into rasters, their metadata, and files beside rasters that are not used.
+
+    Files that usually lie beside rasters are left out only if there is a raster: alone, they are
+    rejected as rasters, with a message about what they are.
+
+    Args:
+        files: the files of a request, after its zips were unpacked.
+    """
     rasters: list[SourceFile] = []
-    products: list[Metadata] = []
-    collections: list[str] = []
+    metadata: list[Metadata] = []
+    lists: list[DateList] = []
+    described: list[tuple[str, str]] = []
+    beside: list[tuple[SourceFile, str]] = []
     for file in files:
         if _PRODUCT.search(file.name):
-            products.append(_product(file))
+            metadata.append(_product(file))
             continue
         document = _document(file) if _is_json(file.name) else {}
         if item := _item(document, file.name):
-            products.append(item)
+            metadata.append(item)
+        elif _requested_day(document) == "":
+            described.append((file.name, "a request for several days, which dates no single file"))
+        elif dates := _date_list(document, file.name):
+            lists.append(dates)
         elif _is_of_a_collection(document):
-            collections.append(file.name)
+            reason = "a STAC Collection or Catalog, which describes no single file"
+            described.append((file.name, reason))
+        elif (unused := side_file(file)) is not None:
+            beside.append((file, unused))
         else:
             rasters.append(file)
-    return rasters, products, collections
-
-
-def unused_collections(names: Sequence[str], count: int) -> tuple[StackWarning, ...]:
-    """The warning that STAC Collections or Catalogs among the files are not used.
-
-    openEO writes one beside the results of a batch job (job-results.json).
-
-    Args:
-        names: names of these files.
-        count: number of all files.
-    """
-    if not names:
-        return ()
-    detail = (
-        f"{len(names)} of {count} files not used: {first_names(names, _NAMED_AT_MOST)}: a "
-        "STAC Collection or Catalog, which describes no single file"
+    if not (rasters or metadata or described):
+        rasters, beside = [file for file, _ in beside], []
+    return Sorted(
+        rasters=tuple(rasters),
+        metadata=tuple(metadata),
+        lists=tuple(lists),
+        left_out=(*described, *((file.name, reason) for file, reason in beside)),
     )
-    return (StackWarning(code="files_unused", detail=detail),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,6 +482,34 @@ class Item:
 Metadata = Product | Item
 
 
+@dataclass(frozen=True, kw_only=True)
+class DateList:
+    """Dates in a JSON file beside rasters whose bands are dates, as of Sentinel Hub's batch API."""
+
+    name: str
+    """Name of the JSON file."""
+    key: str
+    """Name of the list in it."""
+    times: tuple[str, ...]
+    """ISO dates in band order."""
+    scale: float | None
+    """`norm_factor`: the reflectance of 1; None if it is not stated."""
+
+    @property
+    def root(self) -> str:
+        """The folder of the rasters."""
+        return self.name.rpartition("/")[0]
+
+    def fits(self, header: Header) -> bool:
+        """Whether a raster has one band per date, and dates none of them itself."""
+        return (
+            header.name.rpartition("/")[0] == self.root
+            and header.count == len(self.times)
+            and not any(map(date_of, header.descriptions))
+            and not any(tagged_date(tags, header.tags) for tags in header.band_tags)
+        )
+
+
 def _band_tags(described: Described, band: AssetBand) -> dict[str, str]:
     return {
         key: value
@@ -463,14 +519,12 @@ def _band_tags(described: Described, band: AssetBand) -> dict[str, str]:
 
 
 def _item(document: Mapping[str, Any], name: str) -> Item | None:
-    """The metadata in a JSON document with a file name; None if it is of another kind."""
+    """The metadata in a JSON document with a file name; None if it states none of one raster."""
     root = name.rpartition("/")[0]
     if document.get("type") == "Feature" and "stac_version" in document:
         return _stac_item(document, root)
     day = _requested_day(document)
-    if day is None:
-        return None
-    return Item(root=root, common={"datetime": day} if day else {}, assets={})
+    return Item(root=root, common={"datetime": day}, assets={}) if day else None
 
 
 def _document(file: SourceFile) -> dict[str, Any]:
@@ -486,6 +540,105 @@ def _document(file: SourceFile) -> dict[str, Any]:
 def _is_of_a_collection(document: Mapping[str, Any]) -> bool:
     """Whether a JSON document is a STAC Collection or Catalog."""
     return document.get("type") in {"Collection", "Catalog"} and "stac_version" in document
+
+
+_TIME = re.compile(r"\d{4}-\d\d-\d\d(T[0-9:.]{5,15}(Z|[+-]\d\d:?\d\d)?)?")
+_SENTINEL_HUBS_OWN = ("userData", "userdata")
+
+
+def _date_list(document: Mapping[str, Any], name: str) -> DateList | None:
+    """The one list of dates in a JSON document; None if it has none, or several that differ.
+
+    Sentinel Hub stores what an evalscript's `updateOutputMetadata` returns as userdata.json: mostly
+    the dates of the scenes, as texts, as objects with one, or as JSON in a text.
+    """
+    inner = next((document[k] for k in _SENTINEL_HUBS_OWN if k in document), document)
+    if not isinstance(inner, dict) or "type" in document or "stac_version" in document:
+        return None
+    found = {key: times for key, value in inner.items() if (times := _times(value))}
+    if len(set(found.values())) != 1:
+        return None
+    key, times = next(iter(found.items()))
+    factor = inner.get("norm_factor")
+    scale = factor if isinstance(factor, float) and 0 < factor < 1 else None
+    return DateList(name=name, key=key, times=times, scale=scale)
+
+
+def _times(value: object) -> tuple[str, ...]:
+    """A list of at least two ISO dates; empty if a value is anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return ()
+    if not isinstance(value, list) or len(value) < 2:
+        return ()
+    if all(isinstance(one, dict) for one in value):
+        keys = {k for one in value for k, v in one.items() if _is_time(v)}
+        if len(keys) != 1:
+            return ()
+        (key,) = keys
+        value = [one.get(key) for one in value]
+    return tuple(map(str, value)) if all(map(_is_time, value)) else ()
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, str) and bool(_TIME.fullmatch(value))
+
+
+def _is_metadata(document: Mapping[str, Any], name: str) -> bool:
+    """Whether a JSON document describes rasters in a way that the service reads."""
+    return bool(_item(document, name) or _date_list(document, name))
+
+
+def with_date_lists(
+    headers: Sequence[Header], lists: Sequence[DateList]
+) -> tuple[list[Header], list[tuple[str, str]], list[StackWarning]]:
+    """Headers whose bands have the dates of lists beside them.
+
+    A list counts only if each raster in its folder with several bands has one band per date.
+
+    Args:
+        headers: headers of all rasters.
+        lists: lists of dates.
+
+    Returns:
+        The headers, the lists that are not used, each with the reason, and warnings about those
+        that are.
+    """
+    left_out: list[tuple[str, str]] = []
+    warnings: list[StackWarning] = []
+    dated = list(headers)
+    for own in lists:
+        beside = [n for n, one in enumerate(headers) if one.name.rpartition("/")[0] == own.root]
+        fitting = [n for n in beside if own.fits(headers[n])]
+        several = [n for n in beside if headers[n].count > 1]
+        n_dates = len(own.times)
+        if not fitting or len(several) > len(fitting):
+            reason = (
+                f"its {n_dates} dates ({own.times[0][:10]}, ...) are not those of the bands of "
+                f"every raster in its folder: give `dates` to use them"
+            )
+            left_out.append((own.name, reason))
+            continue
+        for n in fitting:
+            header = headers[n]
+            tags = tuple(
+                {**band, "datetime": time}
+                for band, time in zip(header.band_tags, own.times, strict=True)
+            )
+            scale = {"scale": f"{own.scale:.12g}"} if own.scale else {}
+            dated[n] = replace(header, band_tags=tags, tags={**scale, **header.tags})
+        names = [headers[n].name for n in fitting]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        scaled = f", and the scale {own.scale:g} by its `norm_factor`" if own.scale else ""
+        detail = (
+            f"the {n_dates} bands of {', '.join(repr(name) for name in names[:2])}{more} have the "
+            f"dates in `{own.key}` of '{own.name}', in its order ({own.times[0][:10]} to "
+            f"{own.times[-1][:10]}){scaled}; give `dates` if this is wrong"
+        )
+        warnings.append(StackWarning(code="dates_assumed", detail=detail))
+    return dated, left_out, warnings
 
 
 def _stac_item(document: Mapping[str, Any], root: str) -> Item:
@@ -534,11 +687,17 @@ def _requested_day(document: Mapping[str, Any]) -> str | None:
         The day as tags; empty if the request covers several days, as for composites; None if the
         document is not a request.
     """
-    if not {"url", "headers"} <= document.keys():
+    if isinstance(document.get("request"), dict):  # newer versions keep the response as well
+        document = document["request"]
+    # Sentinel Hub's batch and process APIs repeat the request's body alone.
+    payload: Any = (
+        document if {"input", "evalscript"} <= document.keys() else document.get("payload")
+    )
+    if not {"url", "headers"} <= document.keys() and payload is not document:
         return None
-    times = parse_qs(urlsplit(str(document["url"])).query).get("TIME", [""])[0].split("/")
+    times = parse_qs(urlsplit(str(document.get("url", ""))).query).get("TIME", [""])[0].split("/")
     try:
-        span = document["payload"]["input"]["data"][0]["dataFilter"]["timeRange"]
+        span = payload["input"]["data"][0]["dataFilter"]["timeRange"]
         times = [str(span["from"]), str(span["to"])]
     except (KeyError, IndexError, TypeError):
         pass
@@ -563,13 +722,14 @@ def _product(file: SourceFile) -> Product:
         for number, value in _OFFSET.findall(text)
         if int(number) < len(_BAND_IDS)
     }
-    baseline, sensed = _BASELINE.search(text), _SENSED.search(text)
+    baseline, sensed, level = (one.search(text) for one in (_BASELINE, _SENSED, _LEVEL))
     return Product(
         root=file.name.rpartition("/")[0],
         scale=scale,
         offsets=offsets,
         baseline=baseline[1] if baseline else None,
         sensed=sensed[1] if sensed else None,
+        level=level[1] if level else None,
     )
 
 

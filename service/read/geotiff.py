@@ -372,6 +372,10 @@ _VRT = "a VRT, which only points to other files: write the pixels with gdal_tran
 _PICTURE = "a picture, which holds no reflectance: export a GeoTIFF"
 _APPLE = "macOS's own data about another file: leave out the files whose names begin with ._"
 _CODESTREAM = "a bare JPEG 2000 codestream without georeference: send the product's .jp2"
+_ARCINFO = (
+    "an ESRI grid (ArcInfo), which is a folder of files: convert the folder with gdal_translate "
+    "-of COG"
+)
 _OTHER_FORMATS: Mapping[bytes, str] = {
     b"\x89HDF": _NETCDF,
     b"CDF": _NETCDF,
@@ -401,6 +405,19 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
     b"<xfdu:xfdu": "the manifest of a SAFE product: send its .jp2 files and MTD_MSIL2A.xml",
     b"version https://git-lfs": "a pointer of Git LFS, not the file: run git lfs pull",
     b"\xff\x4f\xff\x51": _CODESTREAM,
+    b"GRID1.": _ARCINFO,
+    b"NITF": "NITF: convert it with gdal_translate -of COG",
+    b"PCIDSK": "a PCIDSK file: convert it with gdal_translate -of COG",
+    b"msid": "MrSID: convert it with gdal_translate -of COG",
+    b"RIFF": _PICTURE,
+    b"GIF8": _PICTURE,
+    b"fgb\x03": "FlatGeobuf: polygons go into the parameter `fields`, as GeoPackage or GeoJSON",
+    b"ARROW1": "Arrow, not a raster: polygons go into the parameter `fields`",
+    b"BZh": "compressed by bzip2: unpack it first",
+    b"\xfd7zXZ": "compressed by xz: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
+    b"<kml": "KML: polygons go into the parameter `fields`, as GeoPackage or GeoJSON",
+    b"MATLAB": "a MATLAB file, which has no georeference: write a GeoTIFF with geotiffwrite",
     b"<?xml": "XML, not a raster: leave it out",
     b"{": "JSON, not a raster: leave it out; polygons go into the parameter `fields`",
 }
@@ -450,17 +467,101 @@ def _what_it_is(name: str, head: bytes) -> str:
             return f"it is {what}"
     if head[257:262] == b"ustar":
         return "it is an archive of tar: unpack it, or send a zip"
-    if last.endswith((".csv", ".txt", ".tsv")):
-        return "it is a text: points go into the parameter `points`, dates into `dates`"
-    if last.endswith((".tfw", ".j2w", ".wld", ".prj", ".ovr", ".msk")):
-        return (
-            "it is a side file of a raster, which the service does not read: send a GeoTIFF, which "
-            "contains its georeference"
-        )
+    if not head:
+        return "it is empty: write or send it again"
     return (
-        f"it starts with {head[:4]!r}; the service reads GeoTIFF and JP2 files and zips of them: "
-        "convert it with gdal_translate -of COG"
+        next((f"it is {what}" for ends, what in _BY_SUFFIX.items() if last.endswith(ends)), "")
+        or _text(text)
+        or f"it starts with {head[:4]!r}; the service reads GeoTIFF and JP2 files and zips of "
+        "them: convert it with gdal_translate -of COG"
     )
+
+
+_SIDE = (
+    "a side file of a raster, which the service does not read: send a GeoTIFF, which contains its "
+    "georeference"
+)
+_SHAPEFILE = "a part of a shapefile: send polygons as GeoPackage or GeoJSON in `fields`"
+_RAW = "raw numbers without a header: convert it with gdal_translate -of COG, beside its .hdr"
+_BY_SUFFIX: Mapping[tuple[str, ...], str] = {
+    (".csv", ".txt", ".tsv"): "a text: points go into the parameter `points`, dates into `dates`",
+    (".tfw", ".j2w", ".wld", ".prj", ".ovr", ".msk"): _SIDE,
+    (".dbf", ".shx", ".cpg", ".sbn", ".sbx"): _SHAPEFILE,
+    (".dat", ".bsq", ".bil", ".bip", ".raw", ".flt", ".bin", ".envi"): _RAW,
+    (".sdat",): "a SAGA grid: convert it with gdal_translate -of COG, beside its .sgrd",
+    (".adf",): _ARCINFO,
+    (".ecw",): "ECW: convert it with gdal_translate -of COG",
+    (".nc", ".nc4", ".h5", ".he5"): _NETCDF,
+    (".hdf",): "HDF: convert each band with gdal_translate -of COG",
+    (".rds", ".rdata", ".pkl", ".pickle", ".pt"): "data of a program: write GeoTIFFs with it",
+}
+"""Ends of names of files that their first bytes do not identify, with the kind and advice."""
+_ASCII_GRID = re.compile(rb"(?:\s*(?:ncols|nrows|xll\w+|yll\w+|cellsize)\s+\S+\s*){3}")
+
+
+def _text(text: bytes) -> str:
+    """What a text is that begins so; empty if it is not a known kind."""
+    if _ASCII_GRID.match(text):
+        return "it is an ESRI ASCII grid: convert it with gdal_translate -of COG -a_srs EPSG:32631"
+    return ""
+
+
+_MANAGER = "data of a file manager or of version control"
+_STYLE = "a style or project, which holds no pixels"
+_PLACE = "a georeference beside a raster; that in the GeoTIFF itself counts"
+_TEXT = "a text or table, which is not read: give dates in `dates` and points in `points`"
+_MASK = (
+    "a mask beside a raster, so that the pixels that it marks as missing are not known: write it "
+    "into the file with gdal_translate -of COG"
+)
+_META = "metadata in a form that is not read"
+_SIDE_FILES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), reason)
+    for pattern, reason in (
+        (r"\.ds_store|(?:eh)?thumbs\.db|desktop\.ini|\.directory|\.git\w+", _MANAGER),
+        (r".*\.(?:qml|qmd|qlr|sld|lyrx?|clr|cpt|qgs|qgz|mxd|aprx|rmd|ipynb)", _STYLE),
+        (r".*\.(?:prj|tfwx?|tifw|tiffw|j2w|jp2w|jgw|pgw|wld|hdr)", _PLACE),
+        (r".*\.(?:ovr|rrd|aux)", "overviews or statistics beside a raster; the raster counts"),
+        (r".*\.msk", _MASK),
+        (r".*\.(?:md5|sha\d+|crc\d*|sig)(?:sums?)?|(?:md5|sha\d+)sums?(?:\..*)?", "checksums"),
+        (r".*\.(?:txt|md|rst|log|csv|tsv|xlsx?|ods|docx?|rtf|pdf)", _TEXT),
+        (r"(?:readme|licen[cs]e|changelog|copying|notice)(?:\..*)?", _TEXT),
+        (r".*\.(?:png|jpe?g|gif|bmp|webp|svg)", "a picture, which holds no reflectance"),
+        (r".*(?<!\.aux)\.(?:xml|safe|dim|met|json|yaml|yml|ini|cfg|py|r|js|sh)", _META),
+    )
+)
+"""Lower-case names of files that people and programs keep beside rasters."""
+
+
+_GEOJSON = re.compile(rb'"type"\s*:\s*"Feature')
+_DATA = (b"\x89HDF", b"CDF", b"GRIB", b"PAR1", b"SQLite format 3", b"\x0e\x03\x13\x01")
+"""First bytes of formats that hold data, whatever their names."""
+
+
+def side_file(file: SourceFile) -> str | None:
+    """Why a file beside rasters is left out; None if it is read as a raster or rejected.
+
+    A file is a side file by its name, and only if its content does not contradict the name: a page
+    or a picture with the name of a raster is a failed download of a date. Rejected as well are data
+    that the caller may expect to count: statistics of GDAL, netCDF, polygons.
+
+    Args:
+        file: the file, which is not metadata that the service reads.
+    """
+    last = file.name.rpartition("/")[2].lower()
+    reason = next((why for pattern, why in _SIDE_FILES if pattern.fullmatch(last)), None)
+    if reason is None or last.startswith("._") or is_of_zarr(file.name):
+        return None
+    if last.endswith((".ovr", ".msk")):  # TIFFs themselves
+        return reason
+    try:
+        with file.path.open("rb") as source:
+            head = source.read(512)
+    except OSError:
+        return None
+    if head[:4] in _MAGICS or head.startswith((SIGNATURE, *_DATA)) or _GEOJSON.search(head):
+        return None
+    return None if head.lstrip().lower().startswith((b"<!doctype html", b"<html")) else reason
 
 
 def _header(

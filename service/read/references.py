@@ -144,13 +144,13 @@ def _windows(
     """
     whole = [(remote, remote.window) for remote in parts]
     try:
-        headers, _ = read_headers(files)
+        headers = read_headers(files).headers
         with gdal_options():
             needed = needed_windows(headers, place)
     except (NotAGeoTIFF, NoGeoreference, GridMismatch):
         return whole
     by_path = {header.source.path: window for header, window in zip(headers, needed, strict=True)}
-    found = [(remote, by_path[remote.path]) for remote in parts]
+    found = [(remote, by_path.get(remote.path, remote.window)) for remote in parts]
     return [(remote, window) for remote, window in found if window is not None]
 
 

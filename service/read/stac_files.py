@@ -323,7 +323,7 @@ def _needed(scenes: Sequence[_Scene], place: Place) -> tuple[list[_Scene], _Wind
 
     Tiles of one CRS whose grids differ are resampled to the finest of these grids.
     """
-    headers, _ = read_headers([file for scene in scenes for file in scene.files])
+    headers = read_headers([file for scene in scenes for file in scene.files]).headers
     by_path = {header.source.path: header for header in headers}
     with gdal_options():
         kept = [

@@ -26,8 +26,8 @@ from service.read.arrange import Arrangement, Granule, arrange
 from service.read.band_names import ALPHA
 from service.read.containers import (
     ignored_offsets,
-    split_products,
-    unused_collections,
+    sort_files,
+    with_date_lists,
     with_product,
 )
 from service.read.geotiff import (
@@ -272,7 +272,9 @@ def open_stack(
         InvalidRequest: the options contradict the files or each other.
     """
     _check_options(files, options)
-    headers, ignored = read_headers(files)
+    opened = read_headers(files)
+    headers, ignored = opened.headers, opened.warnings
+    options = replace(options, left_out=(*opened.left_out, *options.left_out))
     _check_rasters(files, headers)
     detected = sensors_of(headers, options.sensor)
     foreign = check_sensors(headers, detected, sensors, other_sensors, model)
@@ -355,7 +357,7 @@ def stack_bands(files: Sequence[SourceFile], options: StackOptions) -> tuple[str
         InvalidRequest: the options contradict the files or each other.
     """
     _check_options(files, options)
-    headers, _ = read_headers(files)
+    headers = read_headers(files).headers
     _check_rasters(files, headers)
     detected = sensors_of(headers, options.sensor)
     headers = [
@@ -404,31 +406,43 @@ def _numbers(given: DatedNumber | None) -> Sequence[float]:
     return (given,) if isinstance(given, int | float) else [number for _, number in given]
 
 
-def read_headers(files: Sequence[SourceFile]) -> tuple[list[Header], tuple[StackWarning, ...]]:
+@dataclass(frozen=True, kw_only=True)
+class Headers:
+    """The headers of a request's rasters, and what became of the files beside them."""
+
+    headers: list[Header]
+    """The headers, completed by the metadata files."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Files that are not used, each with the reason."""
+    warnings: tuple[StackWarning, ...] = ()
+    """About metadata that is used or not used."""
+
+
+def read_headers(files: Sequence[SourceFile]) -> Headers:
     """The headers of the rasters, completed by the metadata files among the given files.
 
     Args:
-        files: rasters and metadata files.
-
-    Returns:
-        The headers, and warnings about offsets in the metadata that are not applied, and about
-        collections that are not used.
+        files: rasters, metadata files, and files that usually lie beside rasters.
 
     Raises:
-        NotAGeoTIFF: a file is not a raster that the service reads.
+        NotAGeoTIFF: a file is not a raster that the service reads, nor one that lies beside them.
         RasterTooLarge: a file declares sizes beyond the limits.
     """
     known: dict[bytes, Georeference] = {}
     # In one thread: parsing headers holds the GIL, and two threads that wait for it take 1.5 times
     # as long.
     with gdal_options():
-        rasters, products, collections = split_products(files)
-        headers = [read_header(file, known) for file in rasters]
-        unused = unused_collections(collections, len(files))
-        if not products:
-            return headers, unused
-        ignored = ignored_offsets(headers, products)
-        return [with_product(header, products) for header in headers], (*unused, *ignored)
+        found = sort_files(files)
+        headers = [read_header(file, known) for file in found.rasters]
+        left_out = found.left_out
+        warnings: tuple[StackWarning, ...] = ()
+        if found.metadata:
+            warnings = ignored_offsets(headers, found.metadata)
+            headers = [with_product(header, found.metadata) for header in headers]
+        if found.lists:
+            headers, unused, assumed = with_date_lists(headers, found.lists)
+            left_out, warnings = (*left_out, *unused), (*warnings, *assumed)
+        return Headers(headers=headers, left_out=left_out, warnings=warnings)
 
 
 def _check_size(arranged: Arrangement, grid: Grid, bands: Sequence[str], max_bytes: int) -> None:

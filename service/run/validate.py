@@ -27,7 +27,7 @@ from service.errors import (
     WrongSensor,
     WrongTask,
 )
-from service.read.geotiff import SourceFile
+from service.read.geotiff import SourceFile, side_file
 from service.read.layouts import StackOptions
 from service.read.stack import read_headers
 from service.run.collect import run_warnings
@@ -167,7 +167,9 @@ def _other_files(request: TaskRequest, first: PIMCError) -> list[PIMCError]:
 
 
 def _fault(file: SourceFile) -> NotAGeoTIFF | None:
-    """Why a file cannot be read; None if it can."""
+    """Why a file cannot be read; None if it can, or is left out beside rasters."""
+    if side_file(file):
+        return None
     try:
         read_headers([file])
     except NotAGeoTIFF as error:
