@@ -109,6 +109,30 @@ def test_files_all_written_on_one_day_are_dated_by_their_names(tmp_path: Path) -
     assert opened(files).dates == (D1, D2)
 
 
+@pytest.mark.parametrize("tag", ["datetime", "date"])
+def test_tags_and_names_of_different_dates_are_named(tmp_path: Path, tag: str) -> None:
+    def stack(*days: str) -> Stack:
+        return opened(
+            [
+                one_date(tmp_path / f"x_2021010{t}.tif", t, tags={tag: day})
+                for t, day in enumerate(days, start=1)
+            ],
+            mask="none",
+        )
+
+    found = stack("2021-01-01", "2021-01-20", "2021-01-03")
+    assert found.dates == (date(2021, 1, 1), date(2021, 1, 3), date(2021, 1, 20))
+    (warning,) = found.warnings
+    assert warning.code == "dates_contradicted"
+    assert "'x_20210102.tif' has the date 2021-01-02 in its name and 2021-01-20" in warning.detail
+    assert "(1 of 3 files are so): 2021-01-20 is used" in warning.detail
+    # One day in all tags is that of writing, if the names tell the files apart.
+    found = stack("2023-05-05", "2023-05-05")
+    assert found.dates == (date(2021, 1, 1), date(2021, 1, 2))
+    assert "(2 of 2 files are so): 2021-01-01 is used" in found.warnings[0].detail
+    assert stack("2021-01-02", "2021-01-03").warnings == ()  # a day apart: time zones
+
+
 def test_descriptions_date_a_file_that_nothing_else_does(tmp_path: Path) -> None:
     pixels = bands_of(("B02", 1), ("B04", 1), ("B08", 1))
     names = ["B02_2021-01-05", "B04_2021-01-05", "B08_2021-01-05"]
@@ -817,6 +841,37 @@ def test_level_1c_is_named_and_level_2a_comes_first(tmp_path: Path) -> None:
     assert "6 of 6 files" in warning.detail
     assert "unlike" not in warning.detail
     assert opened(files[3:6], mask="none").warnings == ()
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"PROCESSING_LEVEL": "Level-1C"},
+        {"processing_level": "L1C"},
+        {"PRODUCT_TYPE": "S2MSI1C"},
+        {"s2:product_type": "S2MSI1C"},
+        {"PRODUCT_URI": "S2A_MSIL1C_20210105T105031_N0207_R051_T31UES_20210105T130000.SAFE"},
+        {"collection": "sentinel-2-l1c"},
+        {"TIFFTAG_IMAGEDESCRIPTION": "Sentinel-2 L1C, cut"},
+    ],
+)
+def test_tags_state_level_1c_too(tmp_path: Path, tags: dict[str, str]) -> None:
+    file = one_date(tmp_path / "20210105.tif", 1, tags=tags)
+    (warning,) = opened([file], mask="none").warnings
+    assert warning.code == "top_of_atmosphere"
+    assert "1 of 1 file ('20210105.tif')" in warning.detail
+    assert next(iter(tags.values()))[:40] in warning.detail
+    assert "states 2A" not in warning.detail
+    of_2a = {key: value.replace("1C", "2A").replace("1c", "2a") for key, value in tags.items()}
+    assert opened([one_date(tmp_path / "20210105.tif", 1, tags=of_2a)], mask="none").warnings == ()
+
+
+def test_a_name_and_a_tag_of_different_levels_are_both_named(tmp_path: Path) -> None:
+    tags = {"PRODUCT_TYPE": "S2MSI1C"}
+    file = one_date(tmp_path / "S2A_MSIL2A_20210105T105031.tif", 1, tags=tags)
+    (warning,) = opened([file], mask="none").warnings
+    assert warning.code == "top_of_atmosphere"
+    assert "the tag product_type=S2MSI1C states 1C and the name states 2A" in warning.detail
 
 
 @pytest.mark.parametrize("form", ["{band}_15-01-2021", "15.01.2021 {band}", "{band}_15/01/2021"])

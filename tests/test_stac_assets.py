@@ -74,6 +74,62 @@ def test_names_of_providers() -> None:
         keys(item({"blue": {}, "rededge1": {}, "nir": {}, "red": {"roles": ["thumbnail"]}}))
 
 
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"collection": "sentinel-2-l1c"},
+        {"id": "S2A_31UES_20210501_0_L1C"},
+        {"properties": {"s2:product_type": "S2MSI1C"}},
+        {"properties": {"processing:level": "L1C"}},
+        {"properties": {"product:type": "S2MSI1C"}},
+        {"properties": {"title": "S2A_MSIL1C_20210501T105031_N0500_R051_T31UES_20230101T000000"}},
+        # Its parts contradict each other.
+        {"collection": "sentinel-2-l2a", "properties": {"s2:product_type": "S2MSI1C"}},
+    ],
+)
+def test_level_1c_is_known_from_the_item(tmp_path: Path, stated: dict[str, Any]) -> None:
+    document = item({"B02": {}, "B04": {}, "B08": {}}, constellation="sentinel-2")
+    document["properties"] |= stated.get("properties", {})
+    document |= {key: value for key, value in stated.items() if key != "properties"}
+    assert item_tags(document)["processing:level"] == "L1C"
+    (tmp_path / "item.json").write_text(json.dumps(document))
+    files = [SourceFile(name="a/item.json", path=tmp_path / "item.json")]
+    for band in BANDS:
+        made = write(tmp_path / f"{band}.tif", np.full((1, 2, 2), 1500, np.uint16))
+        files.append(SourceFile(name=f"a/{band}.tif", path=made.path))
+    stack = open_stack(files, StackOptions(mask="none"), bands=BANDS, max_bytes=2**20)
+    (warning,) = [one for one in stack.warnings if one.code == "top_of_atmosphere"]
+    assert "their tags (processing:level=L1C)" in warning.detail
+
+
+def test_other_levels_of_items_are_not_l1c() -> None:
+    for stated in ({"s2:product_type": "S2MSI2A"}, {"processing:level": "L2"}, {}):
+        document = item({"B02": {}}, constellation="sentinel-2", **stated)
+        assert item_tags(document).get("processing:level") in {None, "L2A", "L2"}
+    landsat = {**item({"red": {}}, platform="landsat-8"), "collection": "landsat-c2-l1c"}
+    assert "processing:level" not in item_tags(landsat)
+
+
+def test_an_item_of_zarr_says_so() -> None:
+    """EOPF's items of Sentinel-2 name groups of a Zarr store."""
+    store = "https://objects.eodc.eu/x/S2B_MSIL2A_20250501T105031.zarr"
+    assets = {
+        "SR_10m": {"href": f"{store}/measurements/reflectance/r10m",
+                   "type": "application/vnd+zarr", "roles": ["data", "reflectance"]},
+        "product": {"href": store, "type": "application/vnd+zarr; version=2"},
+        "zipped": {"href": f"{store}.zip", "type": "application/zip"},
+    }  # fmt: skip
+    with pytest.raises(MissingBands, match=r"assets as Zarr \('SR_10m'\).*COGs.*to_raster"):
+        keys({**item({}), "assets": assets})
+    cube = {"cube": {"href": "https://example.org/a.nc", "type": "application/netcdf"}}
+    with pytest.raises(MissingBands, match=r"netCDF \('cube'\)"):
+        keys({**item({}), "assets": cube})
+    # Rasters beside it are read.
+    both = item({band: {} for band in BANDS})
+    both["assets"] |= assets
+    assert keys(both) == list(BANDS)
+
+
 def test_names_of_data_cubes() -> None:
     # Digital Earth Australia names bands as its measurements; Brazil Data Cube counts `eo:bands`.
     names = ("nbart_blue", "nbart_red", "nbart_nir_1", "nbart_nir_2", "oa_fmask")

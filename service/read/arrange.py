@@ -40,6 +40,7 @@ from service.read.layouts import (
     LayoutQuery,
     StackOptions,
     counted,
+    days_in_conflict,
     file_per_band,
     file_per_date,
     names_and_bands,
@@ -276,44 +277,72 @@ def _surface_first(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[
 def _top_of_atmosphere(query: LayoutQuery, used: set[int]) -> list[StackWarning]:
     """The warning that files hold reflectance at the top of the atmosphere."""
     files = [file for file in query.files if id(file.header) in used and not file.is_mask]
-    names = [file.name for file in files if file.level == "1C"]
-    if not names:
+    top = [file for file in files if file.level == "1C"]
+    if not top:
         return []
-    mixed = "" if len(names) == len(files) else ", unlike the other files, so that dates differ"
+    mixed = "" if len(top) == len(files) else ", unlike the other files, so that dates differ"
+    against = next((file for file in top if len(dict(file.stated_levels)) > 1), None)
+    if against is not None:
+        stated = " and ".join(f"{source} states {level}" for level, source in against.stated_levels)
+        mixed += f"; of '{against.name}', {stated}, so check which one it is"
     detail = (
-        f"{len(names)} of {counted(len(files), 'file')} ({_quoted(names, 2)}) hold reflectance at "
-        f"the top of the atmosphere (level 1C), according to their names{mixed}; it is brighter in "
-        "blue and red than that of the surface (level 2A), and NDVI is lower: give level 2A, "
-        "unless the model's card names level 1C in its training data"
+        f"{len(top)} of {counted(len(files), 'file')} ({_quoted([f.name for f in top], 2)}) hold "
+        "reflectance at the top of the atmosphere (level 1C), according to "
+        f"{_their_sources(top)}{mixed}; it is brighter in blue and red than that of the surface "
+        "(level 2A), and NDVI is lower: give level 2A, unless the model's card names level 1C in "
+        "its training data"
     )
     return [StackWarning(code="top_of_atmosphere", detail=detail)]
+
+
+def _their_sources(files: Sequence[DescribedFile]) -> str:
+    """Where files of level 1C state it, for messages."""
+    sources = {source for f in files for level, source in f.stated_levels if level == "1C"}
+    tags = sorted(source.removeprefix("the tag ") for source in sources - {"the name"})
+    words = [f"their tags ({first_names(tags, 2)})"] if tags else []
+    return " and ".join([*words, *(["their names"] if "the name" in sources else [])])
 
 
 def _dates_contradicted(
     query: LayoutQuery, slots: Sequence[BandAssignment]
 ) -> Iterator[StackWarning]:
-    """The warning that the request dates files otherwise than they do themselves."""
-    if query.dates is None:
-        return
+    """The warning that the request or the tags date files otherwise than their names do."""
     files = list({id(slot.file): slot.file for slot in slots}.values())
+    if query.dates is None:
+        if other := days_in_conflict(files):
+            yield _tags_contradicted(other, slots, len(files))
+        return
     of_file = dict(zip(map(id, files), stated_days(files), strict=True))
     times = Counter(id(slot.file) for slot in slots)
-    other: list[tuple[BandAssignment, date]] = []
+    differing: list[tuple[BandAssignment, date]] = []
     for slot in slots:
         own = {day for n in slot.numbers.values() if (day := slot.file.days[n - 1])}
         day = of_file[id(slot.file)]
         if not own and day and times[id(slot.file)] == 1:
             own = {day}
         if own and slot.day not in own:
-            other.append((slot, min(own)))
-    if other:
-        slot, stated = other[0]
+            differing.append((slot, min(own)))
+    if differing:
+        slot, stated = differing[0]
         detail = (
             f"`dates` gives {slot.day} to '{slot.file.name}', which states {stated} itself "
-            f"({len(other)} of {len(slots)} are so): what `dates` gives is used; check that it is "
-            "in the order of the files, or leave it out"
+            f"({len(differing)} of {len(slots)} are so): what `dates` gives is used; check that it "
+            "is in the order of the files, or leave it out"
         )
         yield StackWarning(code="dates_contradicted", detail=detail)
+
+
+def _tags_contradicted(
+    other: Sequence[tuple[DescribedFile, date, date]], slots: Sequence[BandAssignment], count: int
+) -> StackWarning:
+    """The warning that the tags of files state other dates than their names."""
+    file, tagged, named = other[0]
+    used = next((slot.day for slot in slots if slot.file is file), None)
+    detail = (
+        f"'{file.name}' has the date {named} in its name and {tagged} in its tags "
+        f"({len(other)} of {counted(count, 'file')} are so): {used} is used; give `dates` to decide"
+    )
+    return StackWarning(code="dates_contradicted", detail=detail)
 
 
 def _bands_contradicted(query: LayoutQuery) -> Iterator[StackWarning]:

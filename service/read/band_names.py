@@ -67,10 +67,30 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
     for phrase in phrases.split("|")
 }
 _LEVELS: Mapping[str, frozenset[str]] = {
-    "1C": frozenset(["l1c", "msil1c", "s2a1c", "s2b1c", "s2c1c", "s2d1c", "toa", "rhot"]),
-    "2A": frozenset(["l2a", "msil2a", "s2a2a", "s2b2a", "s2c2a", "s2d2a", "boa", "toc", "rhos"]),
+    "1C": frozenset(
+        ["l1c", "msil1c", "s2msi1c", "s2a1c", "s2b1c", "s2c1c", "s2d1c", "toa", "rhot"]
+    ),
+    "2A": frozenset(
+        ["l2a", "msil2a", "s2msi2a", "s2a2a", "s2b2a", "s2c2a", "s2d2a", "boa", "toc", "rhos"]
+    ),
 }
 """Words in names of products and files that state a level."""
+_LEVEL_TAGS = (
+    "processing_level",
+    "processing:level",
+    "product_type",
+    "s2:product_type",
+    "product:type",
+    "producttype",
+    "product_uri",
+    "product_id",
+    "datastrip_id",
+    "granule_id",
+    "tifftag_imagedescription",
+    "collection",
+)
+"""Tags in which GDAL's SENTINEL2 driver, STAC items and programs state the level."""
+_LEVEL_WORD = re.compile(r"(?:level[ _-]?|l)?(1c|2a)", re.IGNORECASE)
 _FORCE_NARROW = re.compile(r"_TSA_SEN2[A-Z]*_NIR(?:_|$)")
 _BROWSER = re.compile(r"\d{4}-\d\d-\d\d[-_]\d\d[-:_]\d\d_.*[_ ]\(Raw\)$")
 _LONGEST_PHRASE = max(map(len, _PHRASES))
@@ -372,6 +392,20 @@ def level_of(name: str) -> str | None:
         found = [level for level, own in _LEVELS.items() if own & words]
         if len(found) == 1:
             return found[0]
+    return None
+
+
+def tagged_level(tags: Mapping[str, str]) -> tuple[str, str] | None:
+    """The level of Sentinel-2 reflectance that tags (lower-case keys) state, and the tag.
+
+    Returns:
+        The level as `level_of` returns it, and the tag as `key=value`; None if none states it.
+    """
+    for key in _LEVEL_TAGS:
+        text = tags.get(key, "").strip()
+        word = _LEVEL_WORD.fullmatch(text)
+        if level := word[1].upper() if word else level_of(text):
+            return level, f"{key}={text[:80]}"
     return None
 
 

@@ -168,6 +168,19 @@ def date_of(text: str | None) -> date | None:
     return next(_dates(text or ""), None)
 
 
+def name_contradicts(name: str, day: date) -> bool:
+    """Whether a name holds dates, and none of them is a day or less from another source's date.
+
+    A day's difference may be that of time zones.
+
+    Args:
+        name: a file's name, with its folders.
+        day: the date in the file's tags.
+    """
+    found = [*_dates(name), *_each(_FOLDERS, name)]
+    return bool(found) and all(abs((own - day).days) > 1 for own in found)
+
+
 def _dates(text: str) -> Iterator[date]:
     """Every date of a text in an unambiguous form, in order."""
     text = _plain(text)

@@ -36,9 +36,17 @@ from service.read.band_names import (
     quality_of,
     stem,
     tagged_band,
+    tagged_level,
 )
-from service.read.dates import WRITING_TAG, date_of, date_text, named_days, tagged_date
-from service.read.geotiff import Header
+from service.read.dates import (
+    WRITING_TAG,
+    date_of,
+    date_text,
+    name_contradicts,
+    named_days,
+    tagged_date,
+)
+from service.read.geotiff import Header, with_full_name
 from service.read.reflectance import DatedNumber
 
 Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "single-file"]
@@ -150,9 +158,18 @@ class DescribedFile:
         return band_in_name(self.name) or (ALPHA if ends_as_alpha(stem(self.name)) else None)
 
     @cached_property
+    def stated_levels(self) -> tuple[tuple[str, str], ...]:
+        """The levels of Sentinel-2 reflectance that tags and names state, each with its source."""
+        tagged = tagged_level(dict(map(with_full_name, self.header.tags.items())))
+        named = level_of(self.name)
+        found = [(tagged[0], f"the tag {tagged[1]}")] if tagged else []
+        return (*found, (named, "the name")) if named else tuple(found)
+
+    @property
     def level(self) -> str | None:
-        """The level of Sentinel-2 reflectance by the names of the file and its folders."""
-        return level_of(self.name)
+        """The level of Sentinel-2 reflectance; 1C if one source states 1C and another 2A."""
+        levels = {level for level, _ in self.stated_levels}
+        return min(levels, default=None)
 
     @cached_property
     def is_a_picture(self) -> bool:
@@ -314,9 +331,37 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
     named_apart = None not in named and len(set(named)) > 1 and len(set(named)) >= len(set(written))
     if named_apart or (len(set(written)) == 1 and _repeat_a_band(files)):
         written = [None] * len(files)
+    if _is_of_writing(files, tagged, named):
+        tagged = [None] * len(files)
     return [
         tag or wrote or name or file.only_day
         for file, tag, wrote, name in zip(files, tagged, written, named, strict=True)
+    ]
+
+
+def _is_of_writing(
+    files: Sequence[DescribedFile], tagged: Sequence[date | None], named: Sequence[date | None]
+) -> bool:
+    """Whether one day in all files' tags is not the acquisition, because their names differ."""
+    if None in tagged or None in named or len(set(tagged)) > 1 or len(set(named)) < 2:
+        return False
+    pairs = zip(files, tagged, strict=True)
+    return _repeat_a_band(files) and all(day and name_contradicts(f.name, day) for f, day in pairs)
+
+
+def days_in_conflict(files: Sequence[DescribedFile]) -> list[tuple[DescribedFile, date, date]]:
+    """Files whose tags and names state different dates: the file, the tag's and the name's date.
+
+    Names without a date that varies say nothing about the acquisition.
+    """
+    named = named_days([file.name for file in files])
+    if len({day for day in named if day}) < 2:
+        return []
+    both = zip(files, _tag_days(files), named, strict=True)
+    return [
+        (file, tag, name)
+        for file, tag, name in both
+        if tag and name and name_contradicts(file.name, tag)
     ]
 
 

@@ -20,7 +20,15 @@ from rasterio.crs import CRS
 
 from service.errors import InvalidRequest, MissingBands, first_names, shown
 from service.grid import CRSError, crs_of
-from service.read.band_names import CLDPRB, CLOUD, TWINS, band_of, quality_of
+from service.read.band_names import (
+    CLDPRB,
+    CLOUD,
+    TWINS,
+    band_of,
+    level_of,
+    quality_of,
+    tagged_level,
+)
 from service.read.masks import AUTO, MaskRule
 from service.read.sensors import band_number, sensor_named
 
@@ -33,6 +41,7 @@ _ITEM_TAGS = (
     "sentinel:processing_baseline",  # Earth Search v0, Digital Earth Africa
     "earthsearch:boa_offset_applied",
     "sentinel:boa_offset_applied",
+    "processing:level",
 )
 _NO_IMAGE = frozenset({"thumbnail", "overview", "metadata"})
 _RASTER_TYPE = re.compile(r"image/(?:tiff|vnd\.stac\.geotiff|jp2|jpeg2000)\b", re.IGNORECASE)
@@ -98,6 +107,8 @@ class StacItem:
     """The rasters among its assets."""
     link: str | None
     """URL of the item."""
+    not_read: tuple[str, ...] = ()
+    """Formats of other assets that hold data, which the service does not read, each with a key."""
 
     def chosen(
         self,
@@ -142,6 +153,14 @@ class StacItem:
 
     def _missing(self, bands: Sequence[str]) -> MissingBands:
         found = first_names([asset.key for asset in self.assets], _NAMED_AT_MOST) or "none"
+        if self.not_read:
+            return MissingBands(
+                f"item '{self.id}' has no raster for {', '.join(bands)}, but assets as "
+                f"{' and '.join(self.not_read)}, which the service does not read (it reads GeoTIFF "
+                f"and JPEG 2000; rasters: {found}): take items of the same scenes in a collection "
+                "of COGs, such as sentinel-2-l2a of Earth Search or Planetary Computer, or write "
+                "the bands as GeoTIFFs with rioxarray's to_raster and send these"
+            )
         return MissingBands(
             f"item '{self.id}' has no asset for {', '.join(bands)}; its rasters are {found}; "
             "search a collection of surface reflectance, or name the bands in `bands` or "
@@ -255,6 +274,7 @@ def read_item(document: object, field_name: str, base: str | None = None) -> Sta
         bbox=_bbox(document.get("bbox")),
         assets=tuple(_assets(assets, document, link or base)),
         link=link,
+        not_read=_not_read(assets),
     )
 
 
@@ -296,6 +316,28 @@ def _assets(assets: Document, document: Document, base: str | None) -> Iterator[
             metres=_metres(asset, str(key)),
             document=asset,
         )
+
+
+_OTHER_DATA: Mapping[str, re.Pattern[str]] = {
+    "Zarr": re.compile(r"\bzarr\b|\.zarr(?:/|$)", re.IGNORECASE),
+    "netCDF": re.compile(r"netcdf|\.nc4?$", re.IGNORECASE),
+    "HDF": re.compile(r"\bx?-?hdf|\.(?:hdf|h5|he5)$", re.IGNORECASE),
+    "GRIB": re.compile(r"grib|\.gri?b2?$", re.IGNORECASE),
+    "Parquet": re.compile(r"parquet|\.parquet$", re.IGNORECASE),
+}
+"""Formats of data that are not read, by the media type or the end of the href."""
+
+
+def _not_read(assets: Document) -> tuple[str, ...]:
+    """The formats of an item's assets that are not read, each with the key of one of them."""
+    found: dict[str, str] = {}
+    for key, asset in assets.items():
+        if isinstance(asset, Mapping):
+            texts = (str(asset.get("type", "")), urlsplit(str(asset.get("href", ""))).path)
+            for name, pattern in _OTHER_DATA.items():
+                if any(map(pattern.search, texts)):
+                    found.setdefault(name, f"{name} ('{shown(key, 60)}')")
+    return tuple(found.values())
 
 
 def _href(asset: Document, base: str | None) -> str | None:
@@ -356,7 +398,19 @@ def item_tags(document: Document) -> dict[str, str]:
     version = str(stated.get("processing:version", ""))
     if of_sentinel_2(document) and _BASELINE.fullmatch(version):  # Copernicus Data Space
         stated.setdefault("s2:processing_baseline", version)
+    texts = [*(document.get(key) for key in ("collection", "id")), stated.get("title")]
+    if (level := _level(stated, texts)) and of_sentinel_2(document):
+        stated["processing:level"] = f"L{level}"
     return {key: str(stated[key]) for key in _ITEM_TAGS if stated.get(key) is not None}
+
+
+def _level(stated: Document, texts: Iterable[object]) -> str | None:
+    """The level of Sentinel-2 reflectance that an item states: 1C if its parts contradict it."""
+    own = {key: str(value) for key, value in stated.items() if isinstance(value, str)}
+    tagged = tagged_level(own)
+    found = [tagged[0]] if tagged else []
+    found += [level for text in texts if text and (level := level_of(str(text)))]
+    return min(found, default=None)
 
 
 def contradiction(tags: Mapping[str, str], bands: Iterable[AssetBand]) -> str | None:
