@@ -45,6 +45,7 @@ from training.config import (
     INDICES,
     ZOO,
     ClassifyConfig,
+    EfficientNetLite0Config,
     PatchEncoderConfig,
     PixelEncoderConfig,
     Run,
@@ -611,6 +612,23 @@ def test_the_commands_of_a_run_reproduce_it(tmp_path: Path) -> None:
         f"{call} --run {tmp_path}/first",
         f"{call} --pretrained {weights} --set optimisation.epochs=3",
     ]
+
+
+@pytest.mark.parametrize(
+    "encoder", [EfficientNetLite0Config(zoom=1.5), PatchEncoderConfig(width=32, contrast=True)]
+)
+@pytest.mark.parametrize("base", ["landcover-eurosat", "my-cover"])
+def test_the_commands_of_either_patch_encoder_are_accepted(
+    tmp_path: Path, base: str, encoder: EfficientNetLite0Config | PatchEncoderConfig
+) -> None:
+    """The settings in a command make the run's configuration, whatever the usual encoder is."""
+    usual = configuration(base, "landcover")
+    others = (PatchEncoderConfig(), EfficientNetLite0Config())
+    config = usual.model_copy(update={"encoder": encoder, "others": others})
+    (command,) = commands(Run(config=config, data=tmp_path))
+    words = shlex.split(command)
+    settings = [after for word, after in itertools.pairwise(words) if word == "--set"]
+    assert changed(usual, settings) == config
 
 
 TINY_PRETRAINING = PretrainConfig(

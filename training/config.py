@@ -387,11 +387,16 @@ def starts_from_imagenet(config: ClassifyConfig | ForecastConfig | LandcoverConf
 def difference(
     base: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """Settings of `other` that differ from `base`, except seed and name, by dotted name."""
+    """Settings of `other` that differ from `base`, except seed and name, by dotted name.
+
+    A section of another kind, such as an encoder of another network, is one setting: a change of
+    its fields alone would name settings that the section of `base` does not have.
+    """
     changes: dict[str, Any] = {}
     for key, value in other.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            changes |= difference(base[key], value, f"{prefix}{key}.")
+        before = base.get(key)
+        if isinstance(value, dict) and isinstance(before, dict) and before.keys() == value.keys():
+            changes |= difference(before, value, f"{prefix}{key}.")
         elif key not in {"seed", "name"} and base.get(key) != value:
             changes[prefix + key] = value
     return changes
@@ -447,8 +452,8 @@ def changed(config: ConfigT, settings: Sequence[str]) -> ConfigT:
             place = inner if isinstance(inner, dict) else {}
         if last not in place:
             raise UnknownSetting(
-                f"--set {setting}: the configuration has no setting '{name}'; at that place it has "
-                f"{', '.join(place) or 'none'}"
+                f"--set {setting}: the configuration has no setting '{name}'; allowed: "
+                f"{', '.join('.'.join((*outer, key)) for key in place) or 'none'}"
             )
         try:
             place[last] = json.loads(text)
