@@ -274,7 +274,7 @@ class Skill:
     persistence: float
     """RMSE if NDVI stayed as on the pixel's last clear date before the forecast."""
     coverage: float
-    """Share of the observations within the 80 % band."""
+    """Share of the observations within the 80 % prediction interval."""
 
 
 def forecast_skill(
@@ -335,7 +335,12 @@ def try_forecasts(
     if starts is None:
         starts = [measured.dates[-1] - timedelta(days=days) for days in (300, 200, 100)]
     table = Table(
-        "forecast from", "observations", "RMSE of NDVI", "of persistence", "in 80 % band", box=None
+        "forecast from",
+        "observations",
+        "RMSE of NDVI",
+        "of persistence",
+        "in 80 % interval",
+        box=None,
     )
     pictured = None
     for last in starts:
@@ -399,7 +404,7 @@ def skill_picture(
         q: np.mean([f.indices["NDVI"][q] for f in known], axis=0) for q in ("q10", "q50", "q90")
     }
     axes.fill_between(ahead, ndvi["q10"], ndvi["q90"], alpha=0.25, color="C2")
-    axes.plot(ahead, ndvi["q50"], "C2", label="forecast with its 80 % band")
+    axes.plot(ahead, ndvi["q50"], "C2", label="forecast with its 80 % prediction interval")
     axes.axvline(cut, color="#888888", lw=0.8)
     axes.set_ylabel("mean NDVI")
     axes.legend(frameon=False)

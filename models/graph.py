@@ -128,7 +128,7 @@ class PixelGraph(nn.Module):
     ) -> Tensor:
         """Mean output of the networks: logits (N, K), quantiles (N, H, S, Q), embeddings (N, D).
 
-        Quantiles under the calibrated band.
+        Quantiles with the calibrated prediction interval.
         """
         outputs, embedding = self._networks(values, valid, days, day_of_year)
         if self.band is not None:
@@ -145,7 +145,7 @@ class PixelGraph(nn.Module):
     def evidence(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Inputs of the calibration of a forecast's band, before that calibration.
+        """Inputs of the calibration of a forecast's prediction interval, before that calibration.
 
         Returns:
             Quantiles of each network (R, N, H, S, Q) and the first network's embeddings (N, D).

@@ -77,7 +77,7 @@ def test_weighted_quantile_is_that_of_repeated_values() -> None:
 def hindcasts(
     *, days: int, noise: float, kind: str = "model", seed: int = 0, pixels: int = 20
 ) -> Hindcasts:
-    """Hindcasts of every tenth day, whose band is right for noise of 0.1.
+    """Hindcasts of every tenth day, whose interval is right for noise of 0.1.
 
     What came is near the model's median, persistence or last year's date, as `kind` says.
     """
@@ -313,8 +313,8 @@ def corrected(scene: Scene, record: dict[str, Any]) -> np.ndarray:
             else:
                 median = own + step["share_of_persistence"] * (latest - own)
                 median = median + step["share_of_last_year"] * (year - own)
-            band = np.array([-1, 0, 1]) * SPREAD * step["factor"]
-            out[pixel, h] = median[:, None] + band
+            interval = np.array([-1, 0, 1]) * SPREAD * step["factor"]
+            out[pixel, h] = median[:, None] + interval
     return out
 
 
@@ -329,8 +329,8 @@ def test_every_pixel_is_corrected_by_the_record(api: httpx.Client, scene: Scene)
     plain = posted(api, scene, backtest="false")
     with rasterio.MemoryFile(plain.content) as file, file.open() as raster:
         same = raster.read().reshape(3, HORIZON, 3, H * W).transpose(3, 1, 0, 2)
-    band = np.array([-1, 0, 1]) * SPREAD
-    assert same == pytest.approx(scene.model(len(DATES) - 1)[..., None] + band, abs=1e-4)
+    interval = np.array([-1, 0, 1]) * SPREAD
+    assert same == pytest.approx(scene.model(len(DATES) - 1)[..., None] + interval, abs=1e-4)
     assert "backtest" not in summary(api, scene, backtest="false")
 
 
@@ -471,5 +471,5 @@ def test_the_band_covers_on_a_real_stack(shared_data: Path) -> None:
 
     without = coverage(np.concatenate([one.before for one in scored]))
     with_backtest = coverage(np.concatenate([one.after for one in scored]))
-    assert 0.75 <= without <= 0.85, "the bundle's own band, calibrated on other regions"
+    assert 0.75 <= without <= 0.85, "the bundle's own interval, calibrated on other regions"
     assert 0.75 <= with_backtest <= 0.85

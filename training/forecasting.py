@@ -228,7 +228,7 @@ class PixelForecast:
         return series_outputs(graph, table.values, valid, days, day_of_year)
 
     def evidence(self, graph: PixelGraph, table: SeriesTable, positions: Ints) -> Outputs:
-        """Forecasts as `quantiles` returns them, with what a band is calibrated on.
+        """Forecasts as `quantiles` returns them, with what a prediction interval is calibrated on.
 
         Returns:
             `quantiles` (N, H, S, Q) before the calibration, `disagreement` (N) of the networks and
@@ -347,7 +347,7 @@ def cut(
     """Cut series into input and target.
 
     The regular grid ends on the last date before the cut. A target is the clear observation
-    nearest to its step, unknown where none lies within half a step.
+    nearest to its step, unknown where none is within half a step.
 
     Args:
         table: N series.

@@ -31,9 +31,9 @@ class NotCalibrated(TrainingError):
 def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None = None) -> Path:
     """Write the calibration fitted across regions into every file of a bundle.
 
-    A temperature does not reorder probabilities, and a band leaves the median as it is, so the
-    predicted classes and medians stay the same. A classifier's files are changed in place; a
-    forecaster is exported again, which computes the features of the band.
+    A temperature does not reorder probabilities, and a calibrated prediction interval keeps its
+    median, so the predicted classes and medians stay the same. A classifier's files are changed in
+    place; a forecaster is exported again, which computes the features of the interval.
 
     Args:
         folder: the bundle's folder; replaced completely or not at all.
@@ -79,8 +79,8 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
 def _with_band(folder: Path, card: ModelCard, report: Report, *, version: str, data: Path) -> Path:
     if "band" not in report.calibration:
         raise NotCalibrated(
-            "the regions hold no band: run `python -m training regions` with --bundle, and give "
-            "the folder of that run"
+            "the regions have no calibrated prediction interval: run `python -m training regions` "
+            "with --bundle, and give the folder of that run"
         )
     if card.version == version:
         raise VersionNotRaised(f"the bundle is already {card.id}: give another --version")

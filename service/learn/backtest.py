@@ -1,7 +1,7 @@
-"""Backtests: shares and band widths of forecasts, fitted to hindcasts, and their errors.
+"""Backtests: shares and prediction intervals of forecasts, fitted to hindcasts, and their errors.
 
     hindcasts ──▶ shares of persistence and last year's date, by step ──▶ corrected medians
-              └─▶ conformal scores of these, by step ──▶ factor on the band's half widths
+              └─▶ conformal scores of these, by step ──▶ factor on the interval's half widths
 
 Hindcasts are weighted by season, because errors in spring are a poor estimate of errors in autumn.
 Factors are shrunk towards 1 and shares towards small fixed shares; the shrinkage decreases with the
@@ -31,12 +31,12 @@ Bools = NDArray[np.bool_]
 BLOCK_DAYS = 30
 """Days of hindcasts that count as one independent piece of evidence."""
 FACTORS = (0.5, 4.0)
-"""Least and largest factor on the band's half widths."""
+"""Least and largest factor on the interval's half widths."""
 _YEAR = 365.25
 _SEASON_DAYS = 30.0
 """Standard deviation of the season weight, in days of the year."""
 _OTHER_SEASON = 0.1
-"""Weight of a hindcast from the opposite season in the band's factor."""
+"""Weight of a hindcast from the opposite season in the interval's factor."""
 _OTHER_SEASON_BLEND = 0.03
 """The same for the shares: the season matters more for which forecast is best than for the size of
 the error."""
@@ -51,10 +51,10 @@ _PRIOR_SHARE_ALONE = 0.1
 """Share of persistence where last year's date is unknown."""
 _LEVEL = 0.8
 """Level of the conformal quantile. The finite-sample level, 0.8 (1 + 1/n) for n independent scores,
-is not used: few blocks make it nearly 1, and the shrinkage towards the model's own band, which is
-calibrated on other regions, already guards against little evidence."""
+is not used: few blocks make it nearly 1, and the shrinkage towards the model's own interval, which
+is calibrated on other regions, already guards against little evidence."""
 _NARROWEST = 1e-3
-"""Least half width of a band in scores, index units."""
+"""Least half width of an interval in scores, index units."""
 _HELD_OUT_DAYS = 100
 """Distance in days within which hindcasts are left out together, because their targets overlap."""
 
@@ -103,7 +103,7 @@ class Correction:
     share_alone: Floats
     """Share of persistence where last year's date is unknown (H)."""
     factor: Floats
-    """Factor on the half widths of the band (H)."""
+    """Factor on the half widths of the prediction interval (H)."""
 
     def apply(self, quantiles: Floats, persistence: Floats, last_year: Floats) -> Floats:
         """Correct quantiles; unchanged where persistence is unknown.
@@ -132,9 +132,9 @@ class Errors:
     rmse: dict[str, float]
     """RMSE of `forecast` (corrected), `model` (not corrected) and `persistence`."""
     coverage: float
-    """Share of the targets inside the corrected band, 0 to 1."""
+    """Share of the targets inside the corrected prediction interval, 0 to 1."""
     coverage_model: float
-    """Share of the targets inside the model's band, 0 to 1."""
+    """Share of the targets inside the model's prediction interval, 0 to 1."""
     n_last_year: int
     """Pixel-dates with a known value of last year's date as well."""
     rmse_where_last_year: dict[str, float]
@@ -164,11 +164,11 @@ def backtest(found: Hindcasts) -> Backtest:
     distance = np.abs((found.age + _YEAR / 2) % _YEAR - _YEAR / 2)
     season = np.exp(-0.5 * np.square(distance / _SEASON_DAYS))
     blend_weight = found.weight * (_OTHER_SEASON_BLEND + (1 - _OTHER_SEASON_BLEND) * season)
-    band_weight = found.weight * (_OTHER_SEASON + (1 - _OTHER_SEASON) * season)
+    interval_weight = found.weight * (_OTHER_SEASON + (1 - _OTHER_SEASON) * season)
     shares, alone = _fit(found, known * blend_weight[:, None])
     median = _cross_fitted(found, known * blend_weight[:, None])
     scores = _scores(found, median)
-    weights = known * band_weight[:, None]
+    weights = known * interval_weight[:, None]
     factor = _factors(scores, weights)
     correction = Correction(shares=shares, share_alone=alone, factor=factor)
     # As for the scores: the median of a fit without the hindcast's own block.
@@ -191,12 +191,12 @@ def backtest(found: Hindcasts) -> Backtest:
 
 
 def scores_of_model(found: Hindcasts) -> Floats:
-    """Scores (R, H, S) of the model's own forecasts: at most 1 inside its band."""
+    """Scores (R, H, S) of the model's own forecasts: at most 1 inside its interval."""
     return _scores(found, found.median)
 
 
 def _scores(found: Hindcasts, median: Floats) -> Floats:
-    """Distance of the targets from a median (R, H, S), in half widths of the model's band."""
+    """Distance of the targets from a median (R, H, S), in half widths of the model's interval."""
     below = np.maximum(found.median - found.quantiles[..., 0], _NARROWEST)
     above = np.maximum(found.quantiles[..., -1] - found.median, _NARROWEST)
     return np.asarray(np.maximum((median - found.target) / below, (found.target - median) / above))

@@ -8,7 +8,7 @@ export const INDICES = ["NDVI", "EVI", "SAVI"];
 
 /**
  * NDVI, EVI and SAVI by date. Dates that are not clear are marked below. A forecast is drawn with
- * its band and with the NDVI of the year before.
+ * its prediction interval and with the NDVI of the year before.
  *
  * @param {{dates: string[], clear: number[], NDVI: (number|null)[], EVI: object, SAVI: object}} measured
  * @param {{dates: string[], NDVI: {q10: number[], q50: number[], q90: number[]}} | null} forecast
@@ -58,7 +58,7 @@ export function seriesKey(forecast) {
   const key = document.createElement("p");
   key.className = "hint";
   key.textContent = `Green: NDVI; orange: EVI; blue: SAVI; ×: dates that are not clear${
-    forecast ? "; shaded: 80 % band of the NDVI forecast; dashed: NDVI of the year before" : ""}.`;
+    forecast ? "; shaded: 80 % prediction interval of the NDVI forecast; dashed: NDVI of the year before" : ""}.`;
   return key;
 }
 
@@ -91,7 +91,7 @@ export function backtestTable(backtest, subject) {
   note.className = "hint";
   note.textContent = `Backtest on the past of ${subject}, ${backtest.first} to ${backtest.last}: `
     + `${backtest.pixel_dates} values from ${backtest.forecasts} forecasts. `
-    + `The ${Math.round(100 * backtest.level)} % band contains ${Math.round(100 * backtest.coverage)} % of them.`;
+    + `The ${Math.round(100 * backtest.level)} % prediction interval contains ${Math.round(100 * backtest.coverage)} % of them.`;
   const figure = document.createElement("figure");
   figure.append(table, note);
   return figure;
