@@ -1,10 +1,10 @@
 """Forecasts with and without a backtest, from every month of real stacks.
 
-    series up to the first of a month ──▶ forecast with and without `backtest` ──▶ what came later
+    series up to the first of a month ──▶ forecast, with and without `backtest` ──▶ later values
 
 A stack is sampled at 150 pixels, which are sent as series; the service sees no date after the
-start, so all targets are later than everything that the backtest has learnt from. South Tyrol's
-seven dates of one month leave nothing to forecast.
+start, so all targets are later than everything that the backtest was fitted to. South Tyrol has
+only seven dates of one month, so no forecast starts there.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def stacks(data: Path, romania: Path | None) -> Iterator[tuple[str, Pixels]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Forecasts of one stack from one month, and what came."""
+    """Forecasts of one stack from one month, and the values observed later."""
 
     month: int
     target: Floats

@@ -1,4 +1,4 @@
-"""How long requests take beside what `POST /validate` estimates after some runs.
+"""Seconds of requests beside the estimates of `POST /validate`.
 
     python -m benchmarks.estimates [--side 512] [--dates 24] [--runs 3] [--out estimates.json]
 

@@ -8,7 +8,7 @@ tested. The service learns and predicts through its HTTP API, as series. Forests
 regression and TempCNN see the same bands at the same dates, gaps interpolated, and the same
 indices; the untrained encoder sees its three bands. The settings of all but TempCNN are chosen by
 cross-validation over places. Prints the Markdown of docs/results.md; with `--out` each score is
-kept, so that a run that was stopped goes on. One thread.
+kept, so that a stopped run resumes. Uses one thread.
 """
 
 from __future__ import annotations

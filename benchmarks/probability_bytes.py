@@ -1,4 +1,4 @@
-"""What `dtype=uint8` costs probabilities: accuracy, smoothed maps and disk, on real stacks.
+"""Loss of `dtype=uint8` for probabilities: accuracy, smoothed maps and disk, on real stacks.
 
 python -m benchmarks.probability_bytes [--data ../shared/data]
 

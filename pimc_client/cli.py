@@ -140,12 +140,26 @@ ModelName = Annotated[
 ]
 LayoutOption = Annotated[
     Layout | None,
-    typer.Option("--layout", help="How dates and bands are distributed over the files."),
+    typer.Option(
+        "--layout",
+        help="How dates and bands are distributed over the files; default: detected from them.",
+    ),
 ]
-Dates = Annotated[str | None, typer.Option("--dates", help="Comma-separated ISO dates, in order.")]
+Dates = Annotated[
+    str | None,
+    typer.Option(
+        "--dates",
+        help="ISO dates, comma-separated: one per file, per band of a file-per-band file, or per "
+        "date of a single file; default: read from tags, names and descriptions.",
+    ),
+]
 Bands = Annotated[
     str | None,
-    typer.Option("--bands", help="Comma-separated Sentinel-2 band names, in band order."),
+    typer.Option(
+        "--bands",
+        help="Sentinel-2 band names, comma-separated, in band order; default: read from tags, "
+        "names and descriptions.",
+    ),
 ]
 Scale = Annotated[
     str | None,
@@ -203,7 +217,11 @@ AreaFile = Annotated[
     ),
 ]
 Start = Annotated[
-    str | None, typer.Option("--start", help="First day of the model's time window, as ISO date.")
+    str | None,
+    typer.Option(
+        "--start",
+        help="First day of the model's time window, as ISO date; default: by the card's rule.",
+    ),
 ]
 Stride = Annotated[
     int | None, typer.Option("--stride", help="Pixels between patches, 1 to 64 (default).")

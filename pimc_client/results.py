@@ -269,9 +269,9 @@ class Raster(_Result):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file; an existing file is replaced only by a complete one.
 
-        Beside a class map lies a style of the same name (`.qml`), from which QGIS takes the names
-        and colours of the classes, and beside a raster of several bands one that shows the first of
-        them and not three as a picture. An existing style is kept.
+        A QGIS style of the same name (`.qml`) is written beside it: for a class map with the names
+        and colours of the classes, for a raster of several bands with the first band in colours,
+        where QGIS would otherwise show three bands as a picture. An existing style is kept.
         """
         target = Path(path)
         part = target.with_name(f"{target.name}.part")

@@ -146,7 +146,7 @@ class Unauthorized(RequestError):
 
 
 class ForbiddenReference(RequestError):
-    """An `href` lies outside the allowed roots and hosts."""
+    """An `href` is outside the allowed roots and hosts."""
 
     code = "forbidden_reference"
     title = "Forbidden reference"
@@ -364,7 +364,7 @@ class TooFewDates(RasterError):
 
 
 class ImplausibleReflectance(RasterError):
-    """The median of the clear pixels lies outside -0.2 to 1.6 after scale and offset."""
+    """The median of the clear pixels is outside -0.2 to 1.6 after scale and offset."""
 
     code = "implausible_reflectance"
     title = "Implausible reflectance"

@@ -262,7 +262,7 @@ class Grid:
     def beyond_antimeridian(self) -> tuple[float, float] | None:
         """West and east of a grid in degrees of which one is beyond 180; None of any other grid.
 
-        Longitudes from -180 to 180 that lie outside these are a turn away from the grid's.
+        Longitudes from -180 to 180 that are outside these are a turn away from the grid's.
         """
         if not self.crs.is_geographic:
             return None
@@ -302,7 +302,7 @@ class Grid:
         Raises:
             GridMismatch: the grids differ in size, CRS or transform; the message states both.
         """
-        differs = f"'{other_name}' does not lie on the grid of '{name}'"
+        differs = f"'{other_name}' is not on the grid of '{name}'"
         if (self.width, self.height) != (other.width, other.height):
             raise GridMismatch(
                 f"{differs}: {other.width} x {other.height} pixels, not "

@@ -136,7 +136,7 @@ def test_a_zoom_interpolates_as_scipy_does_and_mirrors_what_lies_outside(closer,
     out = zoom(patch, chance(1), closer=closer, wider=wider)
     assert out.dtype == np.float32
     for got_rows, got_cols, got in out:
-        # The first two bands tell where each pixel was seen.
+        # The first two bands hold the position of each pixel.
         expected = map_coordinates(image, [got_rows, got_cols], order=1)
         np.testing.assert_allclose(got, expected, atol=1e-5)
     steps = np.diff(out[:, 0, :, 0], axis=1)

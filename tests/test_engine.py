@@ -300,7 +300,7 @@ def outside(how, location, length):
 @pytest.mark.parametrize("how", ["initializer", "sparse", "attribute", "branch"])
 @pytest.mark.parametrize("place", ["above", "absolute"])
 def test_weights_outside_a_bundles_folder_are_never_read(tmp_path, how, place):
-    """ONNX Runtime refuses them; the registry refuses whatever else lies within the folder."""
+    """ONNX Runtime refuses them; the registry refuses whatever else is within the folder."""
     zoo = tmp_path / "zoo"
     folder = write_bundle(zoo, "bad", "embed", "pixel")
     content = np.float32(0).tobytes()

@@ -212,10 +212,10 @@ def test_classes_apart_are_told_apart_and_noise_is_not() -> None:
     assert (apart.probabilities.argmax(axis=1) == classes).all()
     lost = kernel.fit({"a": simple(noise)}, classes, folds)
     assert (lost.probabilities.argmax(axis=1) == classes).mean() < 0.75
-    # Calibrated: where nothing can be known, nothing is claimed.
+    # Calibrated: the confidence is low where the features do not separate the classes.
     assert lost.probabilities.max(axis=1).mean() < apart.probabilities.max(axis=1).mean()
     assert calibration_error(lost.probabilities, classes) < 0.25
-    # Thirty labels a class that are all told right leave a doubt of about one in thirty-two.
+    # Thirty labels per class, all predicted correctly, give a confidence of about 31 in 32.
     assert apart.probabilities.max(axis=1).mean() == pytest.approx(31 / 32, abs=0.02)
 
 

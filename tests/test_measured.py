@@ -133,7 +133,7 @@ def test_series_without_a_clear_observation_have_a_warning(
     assert warning["detail"].startswith("no point has a clear observation: every pixel needs 1")
     away = {**every, "features": every["features"][3:]}
     (warning,) = measured(api, stack, points=away).json()["warnings"]
-    assert warning["detail"].endswith("all 1 lie outside the raster")
+    assert warning["detail"].endswith("all 1 are outside the raster")
     assert measured(api, stack, points=every).json()["warnings"] == []
     shapes = polygons()
     shapes["features"] = shapes["features"][2:3]

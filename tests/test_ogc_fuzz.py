@@ -1,6 +1,6 @@
 """Arbitrary execute requests, made of the process descriptions: each is a result or a problem.
 
-schemathesis (`test_openapi_fuzz.py`) knows the paths, but not what only a process description says.
+schemathesis (`test_openapi_fuzz.py`) tests the paths, but not what only process descriptions state.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def test_only_dates_in_the_window_are_used(engine, scene, tmp_path):
     )
     codes = {warning.code: warning for warning in outcome.warnings}
     assert codes.keys() == {"dates_outside_window", "no_cloud_mask", "partial_season"}
-    assert "2 of 6 dates lie outside" in codes["dates_outside_window"].detail
+    assert "2 of 6 dates are outside" in codes["dates_outside_window"].detail
     assert outcome.summary["warnings"] == [
         {"code": warning.code, "detail": warning.detail} for warning in outcome.warnings
     ]

@@ -155,7 +155,7 @@ def test_another_crs_is_what_gdals_warper_makes_of_it(tmp_path: Path) -> None:
         )  # fmt: skip
     found = np.where(sits.valid[0], np.rint(np.nan_to_num(sits.values[0, 0]) * 1e4), 0)
     np.testing.assert_array_equal(found > 0, expected > 0)
-    # GDAL interpolates coordinates to an eighth of a pixel where it is not told otherwise.
+    # GDAL interpolates coordinates to an eighth of a pixel by default.
     assert np.abs(found - expected).max() <= 1
     assert (found == expected).mean() > 0.95
     assert (expected > 0).mean() > 0.8
@@ -281,7 +281,7 @@ def test_an_area_is_read_inside_its_polygon_alone(tmp_path: Path) -> None:
 
 def test_a_box_elsewhere_says_where_the_files_lie(tmp_path: Path) -> None:
     file = write(tmp_path / "20210105.tif", pixels(4, 8, 8), descriptions=BANDS)
-    with pytest.raises(InvalidRequest, match=r"which lie at \(3, 50\.5") as caught:
+    with pytest.raises(InvalidRequest, match=r"which cover \(3, 50\.5") as caught:
         opened([file], bbox=(10.0, 50.0, 11.0, 51.0))
     assert caught.value.errors[0]["field"] == "bbox"
 

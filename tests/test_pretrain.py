@@ -99,7 +99,7 @@ app()
 
 
 def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
-    # As a person calls it, and as the card of the bundle tells it.
+    # The command on the card, as a user runs it.
     words = shlex.split(pretrain_command(TINY, tmp_path))[1:]
     options = ["--device", "cpu", "--data", "nowhere"]
     assert words[:2] == ["-m", "training"]

@@ -239,7 +239,7 @@ def test_the_client_is_who_connects_to_the_proxy_whatever_it_claims(
     for name, value in (("X-Forwarded-For", "6.6.6.6"), ("X-Forwarded-For", "6.6.6.6, 127.0.0.1")):
         site.get("health/live", headers={name: value, "X-Request-ID": "through"})
     assert clients(caplog, "through") == ["127.0.0.2", "127.0.0.2"]
-    # Without the proxy, as its scraper asks: the address of the connection.
+    # Without the proxy, as a metrics scraper connects: the address of the connection.
     service.get("/health/live", headers={"X-Request-ID": "beside"})
     assert clients(caplog, "beside") == ["127.0.0.1"]
 

@@ -136,7 +136,7 @@ class TestTimeWindow:
         first = start or window.start
         if start or rule != "every-date":
             assert all(timedelta(0) <= dates[i] - first < length for i in window.used)
-        # 31 December lies beyond 36 steps of 10 days.
+        # 31 December is beyond 36 steps of 10 days.
         assert window.used or start or (rule, dates) == ("calendar-year", [date.max])
 
     def test_a_given_start_bounds_what_is_used(self) -> None:

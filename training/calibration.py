@@ -55,7 +55,7 @@ def fit_spread(
     Args:
         parts: for each region, quantiles (N, H, S, 3), targets (N, H, S) and which targets are
             known (N, H, S).
-        tail: share of the targets that lies beyond each outer quantile, 0 to 1.
+        tail: share of the targets that is beyond each outer quantile, 0 to 1.
 
     Returns:
         Factors (H, 2), below and above the median; 1 for a step without a known target.

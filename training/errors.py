@@ -1,4 +1,4 @@
-"""Errors that a user of the training package can put right."""
+"""Errors that a user of the training package can correct."""
 
 from __future__ import annotations
 

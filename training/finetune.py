@@ -560,7 +560,7 @@ def load_finished(folder: Path) -> tuple[Run, Task[Any], Any, dict[str, Any]]:
             "give a run of the protocol finetune"
         )
     task = task_of(run)
-    # The checkpoint that the run started from is not needed and may be gone.
+    # The checkpoint that the run started from is not needed and may have been removed.
     graph = new_graph(run.model_copy(update={"pretrained": ()}), task)
     graph.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
     return run, task, graph.eval(), json.loads((folder / METRICS).read_text())

@@ -115,7 +115,7 @@ def int8_of(
     for name, change in loss.items():
         if change < -MOST_LOSS:
             raise Int8Loses(
-                f"int8 with scale {scale} changes {name} of a probe by {change}, and "
-                f"{-MOST_LOSS} is the most allowed"
+                f"int8 with scale {scale} changes {name} of a probe by {change}, and the largest "
+                f"allowed loss is {MOST_LOSS}: keep float32 embeddings for this bundle"
             )
     return EmbeddingInt8(scale=scale, loss=loss), found

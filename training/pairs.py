@@ -341,7 +341,7 @@ class ImageryViewSampler:
 
 
 def window_starts(dates: Sequence[date], window_days: int) -> list[date]:
-    """First days of the months from which a window lies within the dates; at least one."""
+    """First days of the months from which a window is within the dates; at least one."""
     first, last = min(dates), max(dates)
     latest = last - timedelta(days=window_days - 31)
     month = first.replace(day=1)

@@ -211,7 +211,7 @@ def computable(values: Floats, valid: Bools, spectral: SpectralIndices) -> Bools
 def usable_first(values: Floats, valid: Bools, days: Floats) -> tuple[Floats, Bools, Floats]:
     """Series with their usable dates first, cut to the largest number of usable dates.
 
-    A graph accepts dates in any order. Most dates of a stack of many years lie outside the time
+    A graph accepts dates in any order. Most dates of a stack of many years are outside the time
     window, and a batch would spend most of its time on them.
 
     Args:

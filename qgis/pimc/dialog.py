@@ -86,7 +86,7 @@ class PimcDialog(QDialog):
         self.refresh_layers()
 
     def refresh_layers(self) -> None:
-        """List the raster layers whose files lie on this machine, those selected before kept."""
+        """List the raster layers whose files are on this machine, those selected before kept."""
         chosen = set(self.files())
         self.layers.clear()
         for layer in QgsProject.instance().mapLayers().values():

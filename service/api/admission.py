@@ -11,10 +11,10 @@ clients do not block others. A caller has twice as many queue slots as there are
 callers together have eight times as many queue slots as one caller. At most twice as many uploads
 as queue slots are in flight; beyond that, the slowest upload is ended.
 
-A request takes a run slot only for the run. A free run slot goes to the waiting caller that holds
-the fewest; callers that hold equally many take turns. So a caller with a hundred requests delays
-another caller by one run. An admitted request is not rejected for load afterwards, unless its body
-exceeds the space that is left for bodies.
+A request takes a run slot only to plan and to run. A free run slot goes to the waiting caller that
+holds the fewest; callers that hold equally many take turns. So a caller with a hundred requests
+delays another caller by one run. An admitted request is not rejected for load afterwards, unless
+its body exceeds the space that is left for bodies.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ async def own_folder(
 ) -> AsyncIterator[Path]:
     """A folder for the request's files, which exists until the response is sent or has failed.
 
-    If the client prefers a job, the folder lies in the state directory, so that the job's files can
+    If the client prefers a job, the folder is in the state directory, so that the job's files can
     be moved. Replicas copy them: a directory that they share cannot show which requests ended with
     a replica.
     """

@@ -533,7 +533,9 @@ class Binary:
                         f"the value is not valid base64 ({error}): encode the file again",
                     ) from error
         if not size:
-            raise InvalidRequest.of(self.field, "the value is empty")
+            raise InvalidRequest.of(
+                self.field, "the value is empty (0 bytes): encode the bytes of the file as base64"
+            )
         return size
 
 

@@ -2,6 +2,10 @@
 
 The headers follow draft-ietf-httpapi-ratelimit-headers-11: `RateLimit-Policy` states each quota,
 `RateLimit` what remains of it.
+
+A request over a quota is rejected with `too_many_requests` (429), by the module that counts: for
+requests at once `service.api.admission`, for jobs, pixels of a day and storage
+`service.jobs.store`.
 """
 
 from __future__ import annotations

@@ -440,7 +440,9 @@ def _box(
                 "east, north in degrees, with south less than north"
             )
         if west == east:
-            raise ValueError(f"west and east are both {west:g}, so that the box is empty")
+            raise ValueError(
+                f"west and east are both {west:g}, so the box is empty: give an east that differs"
+            )
     return value
 
 

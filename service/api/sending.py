@@ -172,10 +172,12 @@ def _span(spec: str, size: int) -> tuple[int, int]:
         start = int(found[1])
         last = int(found[2]) if found[2] else size - 1
         if found[2] and last < start:
-            raise InvalidRange(f"range {spec}: the last byte is before the first", size)
+            raise InvalidRange(f"range {spec}: the last byte is before the first: swap them", size)
         end = min(size, last + 1)
     if start >= size:
-        raise InvalidRange(f"range {spec} is not within the file of {size} bytes", size)
+        raise InvalidRange(
+            f"range {spec} is not within the file of {size} bytes: begin below {size}", size
+        )
     return start, end
 
 

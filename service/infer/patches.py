@@ -34,7 +34,7 @@ class PatchGrid:
 
     @classmethod
     def over(cls, imagery: Grid, *, side: int, stride: int) -> PatchGrid:
-        """The patches that lie entirely inside the imagery.
+        """The patches that are entirely inside the imagery.
 
         Args:
             imagery: grid of the imagery.
@@ -93,7 +93,7 @@ class PatchGrid:
         return patches
 
     def centred(self, imagery: Grid, row: int, column: int) -> Window:
-        """The window of the patch centred on a pixel, shifted to lie inside the imagery."""
+        """The window of the patch centred on a pixel, shifted to be inside the imagery."""
         top = min(max(row - self.side // 2, 0), imagery.height - self.side)
         left = min(max(column - self.side // 2, 0), imagery.width - self.side)
         return Window(left, top, self.side, self.side)

@@ -84,7 +84,7 @@ def _subscriber_document(request: TaskRequest) -> dict[str, Any]:
 
 
 def _file(file: SourceFile, folder: Path) -> list[str]:
-    """A file's name and its paths, relative to the folder if they lie inside."""
+    """A file's name and its paths, relative to the folder if they are inside."""
     return [
         file.name,
         *(

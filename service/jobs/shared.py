@@ -120,7 +120,7 @@ class BucketPass(_JobPass):
         return stored
 
     def remove(self) -> None:
-        """See `SharedPass`; what is left after a failure goes with the job's other files."""
+        """See `SharedPass`; files that remain after a failure are removed with the job."""
         with suppress(Overloaded):
             self.storage.remove(self._tree)
 

@@ -93,7 +93,7 @@ class Storage(Protocol):
     name: str
     """For messages; without credentials."""
     local: bool
-    """Whether the files lie in this machine's file system, where runs use them in place."""
+    """Whether the files are in this machine's file system, where runs use them in place."""
 
     def file(self, key: str) -> Path | RemoteFile:
         """A file, whether or not it exists."""

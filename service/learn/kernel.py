@@ -6,8 +6,8 @@
 W weights labels so that all classes have the same total weight. The Cauchy kernel is a mixture of
 Gaussians of all widths (a rational quadratic kernel, Rasmussen and Williams 2006, eq. 4.19), so
 that few parameters are chosen from few labels. A head adds the scores of both kernels, two thirds
-of the Cauchy kernel and one of the linear one: which is better, few labels do not show, and the
-sum is hardly worse than the better one. The fit needs no iterative optimiser, and one matrix
+of the Cauchy kernel and one of the linear one: few labels do not show which kernel is better, and
+the sum is hardly worse than the better one. The fit needs no iterative optimiser, and one matrix
 inverse gives the scores of every fold that is left out (Rifkin and Klautau 2004, "In Defense of
 One-Vs-All Classification"; Rasmussen and Williams, eq. 5.12, for a block instead of one sample).
 Temperatures turn scores into probabilities (Guo et al. 2017, arXiv 1706.04599).

@@ -498,7 +498,7 @@ def _guess(query: LayoutQuery) -> Layout:
         (one, first), *rest = votes
         other, second = next(item for item in rest if item[1] != first)
         raise InvalidRequest.of(
-            "layout", f"'{one}' looks like {first} but '{other}' like {second}; give `layout`"
+            "layout", f"'{one}' looks like {first} but '{other}' like {second}: give `layout`"
         )
     if votes:
         return votes[0][1]
@@ -705,7 +705,7 @@ def _written(undated: Sequence[BandAssignment]) -> str:
 
 
 def _unclear(undated: Sequence[BandAssignment]) -> str:
-    """Text about what stands in place of a date in the first undated file that has such."""
+    """What the first undated file with an unusable date has instead of one, as a phrase."""
     texts = (
         text
         for slot in undated

@@ -43,7 +43,7 @@ from service.settings import HostRule
 FIRST_BYTES = 16 * 2**10
 """Bytes of the first range, which contains the directories of most cloud-optimized GeoTIFFs."""
 DESCRIBED = ".remote"
-"""Suffix of the description of a remote file, which lies beside the local file."""
+"""Suffix of the description of a remote file, which is stored beside the local file."""
 AT_ONCE = 16
 """Number of files and ranges of one request that are fetched at the same time."""
 _MAX_RANGE_BYTES = 8 * 2**20
@@ -544,8 +544,8 @@ class RemoteFile:
         span, _, size = rest.partition("/")
         if unit != "bytes" or span.partition("-")[0] != str(begin) or not size.isdecimal():
             raise self.remote.unreachable(
-                f"returned another range than bytes from {begin} on: name a host that supports "
-                "ranges"
+                f"returned a range other than the requested bytes from {begin} on: name a host "
+                "that supports ranges"
             )
         tag = response.headers.get("etag", "")
         if self._tag and tag and tag != self._tag:

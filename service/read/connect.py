@@ -165,7 +165,8 @@ class Remote:
             url = httpx.URL(href)
         except httpx.InvalidURL:
             raise ForbiddenReference(
-                f"{field}: the value is neither a path nor a URL that the server may read"
+                f"{field}: the value is neither a path nor a URL that the server may read: give an "
+                "absolute path, or a URL that begins with https://, http:// or s3://"
             ) from None
         remote = cls(field=field, url=url)
         if not _is_allowed(remote, rules):

@@ -150,7 +150,7 @@ _EPOCHS: Mapping[int, float] = {
 _COUNT = re.compile(r"(?!19|20)[1-9][0-9]*")
 _DAY_SECONDS = 86400
 _PASS_SECONDS = 7200
-"""Counts in names are times only if they lie within this time of the day: a satellite passes at one
+"""Counts in names are times only if they are within this time of the day: a satellite passes at one
 hour, and dates are at midnight; running numbers are at any hour."""
 _EPOCH = datetime(1970, 1, 1)
 _SINCE = re.compile(r"(days|hours|minutes|seconds) since ", re.IGNORECASE)

@@ -75,7 +75,7 @@ class SourceFile:
     """A file: the caller's name for it, and its path."""
 
     name: str
-    """The caller's name; only for messages, never used as a path."""
+    """The caller's name, from which bands and dates are read; never used as a path."""
     path: Path
     """Path on disk."""
     remote: Path | None = None

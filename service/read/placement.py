@@ -78,7 +78,7 @@ class Placed:
     positions: tuple[Position, ...]
     """The position of each file, in order."""
     area: Mapping[str, Any] | None
-    """The polygon in the grid's CRS: pixels whose centre lies outside are missing."""
+    """The polygon in the grid's CRS: pixels whose centre is outside are missing."""
     warnings: tuple[StackWarning, ...] = ()
 
 
@@ -100,7 +100,7 @@ def place_files(used: Sequence[Header], everything: Sequence[Header], place: Pla
     Raises:
         NoGeoreference: a file has no CRS or no transform.
         GridMismatch: the files do not share a grid, and `grid` is not given.
-        InvalidRequest: `grid` is not valid, or `bbox` or `area` lie outside the files.
+        InvalidRequest: `grid` is not valid, or `bbox` or `area` are outside the files.
     """
     grids = _grids(used)
     if place.grid is None:
@@ -393,7 +393,7 @@ def _part(grid: Grid, bounds: Bounds, field: str) -> Grid:
         )
         raise InvalidRequest.of(
             field,
-            f"({', '.join(f'{v:.6g}' for v in bounds)}) does not touch the files, which lie at "
+            f"({', '.join(f'{v:.6g}' for v in bounds)}) does not touch the files, which cover "
             f"({', '.join(f'{v:.6g}' for v in own)}; west, south, east, north in degrees): give a "
             "part of the files",
         )

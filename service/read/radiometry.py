@@ -794,7 +794,7 @@ def _dark(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
     if bright < _NEVER_SO_DARK:
         yield StackWarning(
             code="scale_suspected",
-            detail=f"nine tenths of the clear values sampled lie below {bright:.2g}, with scale "
+            detail=f"nine tenths of the clear values sampled are below {bright:.2g}, with scale "
             f"{sample.planes[0][0].scale:g}: the numbers stored may be reflectance already (then "
             "give scale=1), or missing pixels hold a number that no nodata tag names",
         )
@@ -813,7 +813,7 @@ def _darker_than_land(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
     if land and _NEVER_SO_DARK < level < _NO_LAND_SO_DARK:
         yield StackWarning(
             code="scale_suspected",
-            detail=f"nine tenths of the near infrared (B08) of the clear pixels sampled lie below "
+            detail=f"nine tenths of the near infrared (B08) of the clear pixels sampled are below "
             f"{level:.2g} with scale {sample.planes[0][0].scale:g}, which is darker than land; if "
             "the numbers stored are reflectance x 1000, give scale=0.001",
         )
@@ -831,7 +831,7 @@ def _like_landsat(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
     if darkest > _NEVER_ALL_SO_BRIGHT:
         yield StackWarning(
             code="scale_suspected",
-            detail=f"nearly all clear values sampled lie above {darkest:.2g} with scale "
+            detail=f"nearly all clear values sampled are above {darkest:.2g} with scale "
             f"{planes[0].scale:g}, which no file states: the numbers seem to be those of Landsat "
             "Collection 2; give sensor=landsat, or scale=0.0000275 and offset=-0.2, or "
             f"scale={planes[0].scale:g} to confirm that all of it is snow or cloud",
@@ -846,7 +846,7 @@ def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
     if ts:
         yield StackWarning(
             code="scale_suspected",
-            detail=f"{sample.names(ts)}: nine tenths of the clear values sampled lie below "
+            detail=f"{sample.names(ts)}: nine tenths of the clear values sampled are below "
             f"{max(levels[t] for t in ts):.2g}, and below {usual:.2g} on the median date: the file "
             "seems to be in other units than the others; give `scale` from a date on, or leave "
             "the file out",
@@ -856,7 +856,7 @@ def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
     if ts:
         yield StackWarning(
             code="scale_suspected",
-            detail=f"{sample.names(ts)}: a tenth of the clear values sampled lie above "
+            detail=f"{sample.names(ts)}: a tenth of the clear values sampled are above "
             f"{min(levels[t] for t in ts):.2g}, and above {usual:.2g} on the median date: the file "
             "seems to be in other units than the others; give `scale` from a date on, or leave "
             "the file out",

@@ -1,5 +1,9 @@
 """Windowed reads: a stack's pixels as reflectance and validity.
 
+A pixel of a date is valid unless it is missing, cloudy or outside `area`. It is missing if the mask
+of a file, the nodata number, NaN or the quality band marks it so, or if all its bands are 0 and no
+nodata tag names 0. `radiometry` finds numbers that mean missing pixels and that no tag names.
+
 For a window of whole blocks, a `StackReader` decodes each block of each file once, and has only the
 window in memory.
 """
@@ -216,7 +220,7 @@ class StackReader:
             `values` (T, C, h, w) float32 and `valid` (T, h, w).
 
         Raises:
-            ValueError: the window does not lie inside the grid.
+            ValueError: the window is not inside the grid.
             CorruptRaster: a file does not decode.
             Overloaded: the process has no free file descriptor.
         """
@@ -233,7 +237,7 @@ class StackReader:
             The values and validity of each window, as `read` returns them.
 
         Raises:
-            ValueError: a window does not lie inside the grid.
+            ValueError: a window is not inside the grid.
             CorruptRaster: a file does not decode.
             Overloaded: the process has no free file descriptor.
         """
@@ -387,7 +391,7 @@ class StackReader:
         return Sits(values=values, valid=clear)
 
     def _inside(self, window: Window) -> NDArray[np.bool_]:
-        """True for pixels of a window (h, w) whose centre lies inside the requested area."""
+        """True for pixels of a window (h, w) whose centre is inside the requested area."""
         inside: NDArray[np.bool_] = geometry_mask(
             [self._stack.area],
             out_shape=(int(window.height), int(window.width)),

@@ -182,7 +182,7 @@ class Local:
         """The path of the file, with every link resolved.
 
         Raises:
-            ForbiddenReference: the path lies outside the roots, is not a file, or does not exist;
+            ForbiddenReference: the path is outside the roots, is not a file, or does not exist;
                 the message is the same.
         """
         forbidden = ForbiddenReference(
@@ -232,7 +232,8 @@ def location_of(href: str, field: str, settings: Settings) -> Local | Remote:
             return _local(href, field)
     except ValueError:
         raise ForbiddenReference(
-            f"{field}: the value is neither a path nor a URL that the server may read"
+            f"{field}: the value is neither a path nor a URL that the server may read: give an "
+            "absolute path, or a URL that begins with https://, http:// or s3://"
         ) from None
     return Remote.of(href, field, settings.allowed_hosts)
 

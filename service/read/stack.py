@@ -191,7 +191,7 @@ class Stack:
     acquisitions: tuple[Acquisition, ...]
     """Granules by observation; in one observation, the first clear value in order is used."""
     area: Mapping[str, Any] | None = None
-    """A polygon in the grid's CRS: pixels whose centre lies outside it are missing."""
+    """A polygon in the grid's CRS: pixels whose centre is outside it are missing."""
     files: tuple[str, ...]
     """Names of the files that hold a needed band; the others are left out."""
     warnings: tuple[StackWarning, ...]

@@ -256,7 +256,7 @@ def small(form: Form, entry: Entry, name: str) -> int:
 
 
 def value(file: BinaryIO, form: Form, entry: Entry) -> bytes:
-    """An entry's value; empty if it lies outside the file."""
+    """An entry's value; empty if it is outside the file."""
     if entry.size <= len(entry.field):
         return entry.field[: entry.size]
     at = _number(form.word, entry.field, 0)

@@ -49,7 +49,7 @@ _VARIABLE_LENGTH = frozenset({"BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"})
 
 
 def check_geopackage(path: Path, name: str) -> None:
-    """Reject a GeoPackage that can hold more than its bytes.
+    """Reject a GeoPackage that may expand to more data than the size of its file.
 
     Every page must belong to one table (`PRAGMA quick_check`), so that the rows that GDAL reads
     take no more than the file.

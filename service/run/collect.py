@@ -374,7 +374,7 @@ def none_predicted(
         return ()
     if "no_data" in statuses:
         return (all_missing(run, cache),)
-    detail = f"no {noun} has a prediction: all {len(statuses)} lie outside the raster"
+    detail = f"no {noun} has a prediction: all {len(statuses)} are outside the raster"
     return (StackWarning(code="all_missing", detail=detail),)
 
 

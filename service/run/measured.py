@@ -300,7 +300,7 @@ def _none_seen(
     """The warning that no place has a clear observation, with the reason; empty if one has."""
     if "ok" in statuses or not statuses:
         return ()
-    why = f"all {len(statuses)} lie outside the raster"
+    why = f"all {len(statuses)} are outside the raster"
     if "no_data" in statuses:
         why = why_missing(stack, range(stack.observations), 1, cache=cache)
     detail = f"no {noun} has a clear observation: {why}"

@@ -387,7 +387,8 @@ def series_need(
     dates = sum(len(one.dates) for one in series)
     days = len({day for one in series for day in one.dates})
     bands = max((len(one.bands) for one in series), default=0)
-    # A prediction as the model returns it, as objects, and as text; or in three arrays.
+    # JSON holds each number as an object and as text; arrays hold it three times, once as the model
+    # returns it.
     number_bytes = 2 * _NUMBER_BYTES if as_json else 3 * 4
     numbers = int(np.prod(model.width)) * len(series) + (dates if attribution else 0)
     return Need(

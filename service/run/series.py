@@ -131,7 +131,7 @@ def plan_series(
             does not have the horizon.
         MissingBands: a band that the model needs is missing.
         MissingDates: a series has no dates.
-        ImplausibleReflectance: the median of a series lies outside -0.2 to 1.6.
+        ImplausibleReflectance: the median of a series is outside -0.2 to 1.6.
         TooFewDates: no series has enough dates in its time window.
     """
     began = time.perf_counter()

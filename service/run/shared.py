@@ -32,7 +32,7 @@ class ReadStorage(Protocol):
 
     @property
     def local(self) -> bool:
-        """Whether the files lie in a folder, where they are read in place."""
+        """Whether the files are in a folder, where they are read in place."""
         ...
 
     def read(self, key: str) -> bytes:

@@ -459,7 +459,7 @@ class _Teaching:
         usable = set(samples.labels[clear].tolist())
         cloudy = set(samples.labels.tolist()) - usable
         for code, which, why, remedy in (
-            ("label_outside", set(outside), "lie outside the raster", "check their CRS"),
+            ("label_outside", set(outside), "are outside the raster", "check their CRS"),
             ("label_cloudy", cloudy, "have too few clear dates", "add clear dates"),
         ):
             if which:

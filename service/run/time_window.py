@@ -64,12 +64,12 @@ def time_window_ends(card: ModelCard, time_window: ResolvedTimeWindow) -> tuple[
 def outside_time_window(
     card: ModelCard, dates: Sequence[date], time_window: ResolvedTimeWindow | None
 ) -> tuple[StackWarning, ...]:
-    """The warning that dates lie outside the time window; empty if all lie inside."""
+    """The warning that dates are outside the time window; empty if all are inside."""
     if time_window is None or len(time_window.used) == len(dates):
         return ()
     first, last = time_window_ends(card, time_window)
     detail = (
-        f"{len(dates) - len(time_window.used)} of {len(dates)} dates lie outside the time window "
+        f"{len(dates) - len(time_window.used)} of {len(dates)} dates are outside the time window "
         f"from {first} to {last} and are not used: give `start` if another window is meant"
     )
     return (StackWarning(code="dates_outside_window", detail=detail),)

@@ -359,7 +359,7 @@ def _matches(item: Item, search: Any) -> bool:
     limits = getattr(search, "query", None) or {}
     for name, rules in limits.items():
         ((rule, value),) = rules.items()
-        assert rule == "lte", f"this backend knows no {rule}"
+        assert rule == "lte", f"this backend does not support {rule}"
         if item["properties"][name] > value:
             return False
     return True

@@ -62,8 +62,8 @@ def eurosat_rgb(folder: Path) -> PatchSet:
     missing = [name for name in names if name not in images]
     if missing:
         raise EuroSATError(
-            f"{len(missing)} patches of train.txt and val.txt are missing in the zips of {folder}, "
-            f"e.g. {missing[0]}"
+            f"the zips of {folder} lack {len(missing)} patches of train.txt and val.txt, such as "
+            f"{missing[0]}: download the missing zips"
         )
     return PatchSet(
         source="eurosat",
@@ -130,6 +130,9 @@ def _geotiff(path: Path, bands: tuple[str, ...]) -> NDArray[np.float32]:
     """Reflectance (C, P, P) of one file."""
     with rasterio.open(path) as file:
         if file.count != len(MS_BANDS):
-            raise EuroSATError(f"{path.name} has {file.count} bands, EuroSAT has {len(MS_BANDS)}")
+            raise EuroSATError(
+                f"{path} has {file.count} bands, and the multispectral EuroSAT has "
+                f"{len(MS_BANDS)}: give files of that version"
+            )
         stored = file.read([MS_BANDS.index(b) + 1 for b in bands])
     return np.asarray(stored * np.float32(MS_SCALE), dtype=np.float32)

@@ -81,10 +81,12 @@ class Pastis:
             entries = tuple(_entry(feature["properties"]) for feature in features)
         except OSError as error:
             raise PastisError(
-                f"{folder.name}: {path.name} cannot be read: give the folder that holds it"
+                f"{path} cannot be read: give the folder of PASTIS that holds {path.name}"
             ) from error
         except (KeyError, TypeError, ValueError) as error:
-            raise PastisError(f"{folder.name}: {path.name} is not as published: {error}") from error
+            raise PastisError(
+                f"{path} does not have the published form ({error!r}): download it again"
+            ) from error
         return cls(folder=folder, entries=entries)
 
     def part(self, part: Part) -> tuple[PatchEntry, ...]:
@@ -105,7 +107,8 @@ class Pastis:
         values = self._load(f"DATA_S2/S2_{entry.number}.npy", mapped=True)
         if len(values) != len(entry.dates):
             raise PastisError(
-                f"patch {entry.number}: {len(values)} images but {len(entry.dates)} dates"
+                f"patch {entry.number} has {len(values)} images but {len(entry.dates)} dates in "
+                "metadata.geojson: download both again"
             )
         target = self._load(f"ANNOTATIONS/TARGET_{entry.number}.npy")[0].astype(np.int64)
         order = np.argsort(np.array(entry.dates), kind="stable")
@@ -139,7 +142,7 @@ class Pastis:
             # No pickles: the official files are plain arrays.
             array: NDArray[Any] = np.load(path, mmap_mode="r" if mapped else None)
         except (OSError, ValueError) as error:
-            raise PastisError(f"{self.folder.name}: {name} cannot be read ({error})") from error
+            raise PastisError(f"{path} cannot be read ({error}): download it again") from error
         return array
 
 

@@ -73,13 +73,17 @@ def read_stack(
     """
     layers = [layer for path in sorted(folder.glob("*.tif")) if (layer := _layer(path))]
     if not layers:
-        raise StackError(f"{folder.name} has no GeoTIFF with a date in its tags or its name")
+        raise StackError(
+            f"{folder} has no GeoTIFF with a date in its tags or its name: give a folder of files "
+            "such as S2_2018-01-05.tif"
+        )
     first = layers[0]
     for layer in layers:
         if layer.bands != first.bands or layer.values.shape != first.values.shape:
             raise StackError(
-                f"{folder.name}: {layer.day} has bands {layer.bands} of {layer.values.shape[1:]}, "
-                f"{first.day} has {first.bands} of {first.values.shape[1:]}"
+                f"{folder}: {layer.day} has {layer.values.shape[1:]} pixels of {layer.bands}, but "
+                f"{first.day} has {first.values.shape[1:]} of {first.bands}: give a folder whose "
+                "files have the same bands and size"
             )
     days = sorted({layer.day for layer in layers})
     merged = [_merge([layer for layer in layers if layer.day == day]) for day in days]
@@ -114,7 +118,10 @@ def read_romania(path: Path, *, validation: bool = False) -> Scene:
             layers = {name: _read_variable(path, name) for name in (*_NETCDF_BANDS.values(), "SCL")}
             days = _netcdf_dates(path)
     except rasterio.errors.RasterioIOError as error:
-        raise StackError(f"{path.name} is not the Romania cube: {error}") from error
+        raise StackError(
+            f"{path} is not the Romania cube ({error}): give sentinel2_cube_subset_romania_10m.nc "
+            "of the wheel nrt 0.2.1"
+        ) from error
     return Scene(
         source="romania",
         bands=tuple(_NETCDF_BANDS),
@@ -143,7 +150,10 @@ def read_safe_folders(folder: Path) -> Scene:
         if found is not None:
             products[date(*(int(part) for part in found.groups()))] = path
     if not products:
-        raise StackError(f"{folder.name} has no SAFE folder with a scene classification")
+        raise StackError(
+            f"{folder} has no SAFE folder with a scene classification (*_SCL_20m.jp2): give a "
+            "folder of level 2A products"
+        )
     bands = tuple(_NETCDF_BANDS)
     values, valid = [], []
     for day in sorted(products):
@@ -168,7 +178,10 @@ def read_safe_folders(folder: Path) -> Scene:
 def _safe_band(scl: Path, band: str) -> NDArray[np.generic]:
     paths = list((scl.parents[1] / "R10m").glob(f"*_{band}_10m.jp2"))
     if len(paths) != 1:
-        raise StackError(f"{scl.parents[3].name} has {len(paths)} files of {band} at 10 m, not 1")
+        raise StackError(
+            f"{scl.parents[3].name} has {len(paths)} files of {band} at 10 m, not 1: unpack the "
+            "product again"
+        )
     with rasterio.open(paths[0]) as file:
         values: NDArray[np.generic] = file.read(1)
     return values
@@ -258,7 +271,10 @@ def _netcdf_dates(path: Path) -> tuple[date, ...]:
         tags = file.tags()
     since = _DAYS_SINCE.match(tags.get("time#units", ""))
     if since is None:
-        raise StackError(f"{path.name}: its time is not counted in days since a date")
+        raise StackError(
+            f"{path} does not count its time in days since a date: give "
+            "sentinel2_cube_subset_romania_10m.nc of the wheel nrt 0.2.1"
+        )
     start = date.fromisoformat(since[1])
     offsets = tags["NETCDF_DIM_time_VALUES"].strip("{}").split(",")
     return tuple(start + timedelta(days=int(days)) for days in offsets)
