@@ -366,7 +366,7 @@ def crs_name(crs: CRS) -> str:
     code = crs.to_epsg()
     if code:
         return f"EPSG:{code}"
-    words = (f"+{key}={value}" for key, value in crs.to_dict().items())
+    words = (f"+{k}" if v is True else f"+{k}={v}" for k, v in crs.to_dict().items())
     return " ".join(words) or crs.to_wkt()[:200]
 
 

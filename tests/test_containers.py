@@ -546,7 +546,7 @@ def test_dates_of_another_number_than_the_bands_are_not_used(
 ) -> None:
     files = [as_json(tmp_path, "userdata.json", {"dates": days})]
     files += [write(tmp_path / f"{band}.tif", np.full((3, 2, 2), 500, np.uint16)) for band in BANDS]
-    with pytest.raises(MissingDates):
+    with pytest.raises(MissingDates, match=r"\('userdata\.json' is not used: its \d dates"):
         opened(files, tmp_path, mask="none")
     (unused,) = opened(
         files, tmp_path, mask="none", dates=[*map(date.fromisoformat, DAYS)]
@@ -673,7 +673,8 @@ def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> N
         ("zarr.json", b'{"zarr_format":3}', "a Zarr store.*to_raster"),
         ("s2.zarr/B04/0.0.0", b"\x02\x01", "a Zarr store.*to_raster"),
         ("hdr.adf", b"GRID1.2\0", "an ESRI grid.*the folder"),
-        ("w001001.adf", b"\x01\x02", "an ESRI grid.*the folder"),
+        ("w001001.adf", b"\0\0\x27\x0a\xff\xff", "an ESRI grid.*the folder"),
+        ("area.json", b'{"type": "FeatureCollection"}', "GeoJSON.*`area`.*`fields`"),
         ("dem.asc", b"ncols 4\nnrows 3\nxllcorner 0.0\n", "an ESRI ASCII grid.*gdal_translate"),
         ("S2.dat", b"\1\2\3", "raw numbers without a header.*gdal_translate"),
         ("fields.dbf", b"\x03\x7a", "a part of a shapefile.*`fields`"),

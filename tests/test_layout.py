@@ -16,7 +16,7 @@ from rasterio.windows import Window
 
 from service.api.responses import warning_headers
 from service.errors import InvalidRequest, MissingBands, MissingDates
-from service.read.geotiff import SourceFile
+from service.read.geotiff import SourceFile, label
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
 from service.read.stack import Stack, open_stack
@@ -131,6 +131,40 @@ def test_tags_and_names_of_different_dates_are_named(tmp_path: Path, tag: str) -
     assert found.dates == (date(2021, 1, 1), date(2021, 1, 2))
     assert "(2 of 2 files are so): 2021-01-01 is used" in found.warnings[0].detail
     assert stack("2021-01-02", "2021-01-03").warnings == ()  # a day apart: time zones
+
+
+def test_names_from_addresses_are_decoded(tmp_path: Path) -> None:
+    """The digits of %20 are not those of a date."""
+    made = [one_date(tmp_path / f"{t}.tif", t) for t in (1, 2)]
+    names = ("a%20folder/S2%20scene%202021-01-05.tif", "a%20folder/S2%20scene%202021-01-15.tif")
+    files = [
+        SourceFile(name=label(name, 0), path=file.path)
+        for name, file in zip(names, made, strict=True)
+    ]
+    assert files[0].name == "a folder/S2 scene 2021-01-05.tif"
+    assert opened(files).dates == (D1, D2)
+    assert opened(files, grid=names[0].rpartition("/")[2]).dates == (D1, D2)
+    assert label("50% of %2e%2e%2f%2e%2e%2fx%00.tif", 0) == "50% of ../x.tif"
+
+
+@pytest.mark.parametrize("text", ["2021-01-05,2021-01-15", "['2021-01-05', '2021-01-15']",
+                                  "2021-01-05T10:50:31Z 2021-01-15T10:50:31Z"])  # fmt: skip
+def test_a_files_tag_may_list_its_dates(tmp_path: Path, text: str) -> None:
+    two = bands_of(*((band, t) for t in (1, 2) for band in NEEDED))
+    file = write(tmp_path / "stack.tif", two, descriptions=NEEDED * 2, tags={"dates": text})
+    stack = opened([file])
+    assert (stack.layout, stack.dates) == ("single-file", (D1, D2))
+    assert band_numbers(stack) == expected(1, 2)
+    files = [
+        write(tmp_path / f"{band}.tif", bands_of((band, 1), (band, 2)), tags={"dates": text})
+        for band in NEEDED
+    ]
+    stack = opened(files)
+    assert (stack.layout, stack.dates) == ("file-per-band", (D1, D2))
+    three = write(tmp_path / "x.tif", two, descriptions=NEEDED * 2,
+                  tags={"dates": f"{text},2021-02-04"})  # fmt: skip
+    with pytest.raises(MissingDates):
+        opened([three])
 
 
 def test_descriptions_date_a_file_that_nothing_else_does(tmp_path: Path) -> None:

@@ -299,6 +299,70 @@ def test_a_box_across_the_antimeridian(tmp_path: Path) -> None:
     assert abs(stack.grid.transform.c - xs[0]) < 1000
 
 
+def part_of_fiji(path: Path, crs: str, left: float, **how: object) -> SourceFile:
+    """40 x 40 pixels at 16.5 degrees south, from a longitude on."""
+    size = 1e-4 if crs == "EPSG:4326" else 10
+    (x,), (y,) = rasterio.warp.transform("EPSG:4326", crs, [left], [-16.5])
+    transform = Affine(size, 0, left if crs == "EPSG:4326" else round(x, -1), 0, -size, y)
+    return write(path, pixels(4, 40, 40), descriptions=BANDS, crs=crs, transform=transform,
+                 nodata=0, **how)  # fmt: skip
+
+
+def test_tiles_on_both_sides_of_the_antimeridian_are_neighbours(tmp_path: Path) -> None:
+    """In degrees the second tile lies beyond 180, and not a turn around the Earth to the west."""
+    west = part_of_fiji(tmp_path / "T60_20210105.tif", "EPSG:32660", 179.997)
+    east = part_of_fiji(tmp_path / "T01_20210105.tif", "EPSG:32601", -179.9995)
+    for files in ([west, east], [east, west]):
+        stack = opened(files, grid="EPSG:4326@0.0001", mask="none")
+        assert 70 < stack.grid.width < 100
+        values = read(stack).values[0, 0]
+        # Both tiles are there, side by side, and meet but for what their slant leaves out.
+        assert not np.isnan(values[12:28, 4:-6]).any()
+
+
+@pytest.mark.parametrize("left", [179.998, 359.99])
+def test_parts_of_degrees_beyond_180(tmp_path: Path, left: float) -> None:
+    file = part_of_fiji(tmp_path / "20210105.tif", "EPSG:4326", left)
+    west, east = left + 0.0005 - 360, left + 0.0035 - 360
+    whole = read(opened([file], mask="none")).values
+    if left < 180:  # the box lies across the antimeridian
+        west += 360
+    south, north = -16.503, -16.501
+    stack = opened([file], bbox=(west, south, east, north), mask="none")
+    assert (stack.grid.width, stack.grid.height) == (30, 20)
+    np.testing.assert_array_equal(read(stack).values, whole[:, :, 10:30, 5:35])
+    rings = [[[west, south], [east, south], [east, north], [west, north], [west, south]]]
+    area = {"type": "Polygon", "coordinates": rings}
+    if left < 180:  # cut there, as RFC 7946 requires it
+        area = {"type": "MultiPolygon", "coordinates": [
+            [[[x, south], [y, south], [y, north], [x, north], [x, south]]]
+            for x, y in ((west, 180), (-180, east))
+        ]}  # fmt: skip
+    found = read(opened([file], area=area, mask="none"))
+    np.testing.assert_array_equal(found.values, whole[:, :, 10:30, 5:35])
+
+
+@pytest.mark.parametrize("angle", [0, 30, 90, 180])
+def test_turned_and_south_up_files_lie_where_they_are(tmp_path: Path, angle: int) -> None:
+    """A file's own rows need not run south: each pixel of the grid has the value under it."""
+    turn = Affine.translation(503_000, 5_603_000) @ Affine.rotation(angle) @ Affine.scale(10, 10)
+    x, y = turn @ (np.mgrid[0:40, 0:40][::-1] + 0.5)
+    data = np.stack([1000 + (x - 502_000) / 2 + (y - 5_602_000) / 4] * 4).astype(np.uint16)
+    file = write(tmp_path / "20210105.tif", data, descriptions=BANDS, transform=turn, nodata=0)
+    stack = opened([file], grid="EPSG:32631@10", mask="none")
+    values = read(stack).values[0, 0] * 1e4
+    at = np.mgrid[0 : stack.grid.height, 0 : stack.grid.width][::-1] + 0.5
+    x, y = stack.grid.transform @ at
+    there = ~np.isnan(values)
+    assert there.sum() > 1400
+    expected = 1000 + (x - 502_000) / 2 + (y - 5_602_000) / 4
+    inner = there[2:-2, 2:-2]
+    away = np.abs(values - expected)[2:-2, 2:-2][inner]
+    assert np.median(away) <= 1
+    # As it lies, nothing is resampled.
+    np.testing.assert_allclose(read(opened([file], mask="none")).values[0, 0] * 1e4, data[0])
+
+
 # --- real files -----------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from service.errors import (
     BodyTooLarge,
@@ -91,7 +91,7 @@ def unpacked_bytes(files: Sequence[SourceFile], *, max_bytes: int) -> int:
     """
     total = 0
     for file in files:
-        if not _begins(file.path, ZIP_MAGIC):
+        if not _is_a_zip(file):
             continue
         with _opened(file) as archive:
             total += sum(one.file_size for one in archive.infolist() if _why_not(one) is None)
@@ -129,7 +129,7 @@ def unpack(
     left_out: list[tuple[str, str]] = []
     room = max_bytes
     for number, file in enumerate(files):
-        if not _begins(file.path, ZIP_MAGIC):
+        if not _is_a_zip(file):
             found.append(file)
             continue
         members, others, used = _members(file, folder, f"{number:04d}", room, max_bytes, cancelled)
@@ -151,6 +151,11 @@ def unpack(
             "convert it with gdal_translate -of COG"
         )
     return Unpacked(files=tuple(found), left_out=tuple(left_out))
+
+
+def _is_a_zip(file: SourceFile) -> bool:
+    """Whether a file is a zip to unpack, and not a document in a zip, such as a QGIS project."""
+    return _begins(file.path, ZIP_MAGIC) and side_file(file) is None
 
 
 def _begins(path: Path, magic: bytes) -> bool:
@@ -656,7 +661,8 @@ def _stac_item(document: Mapping[str, Any], root: str) -> Item:
             sentinel_2=of_sentinel_2(document),
             numbers=band_numbers(document),
         )
-        by_name[str(asset.get("href", "")).partition("?")[0].rpartition("/")[2]] = Described(
+        path = unquote(str(asset.get("href", "")).partition("?")[0])
+        by_name[path.rpartition("/")[2]] = Described(
             bands=bands,
             georeference=georeference_of_asset(document, asset),
             ignored_offset=contradiction(common, bands),

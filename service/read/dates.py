@@ -393,6 +393,24 @@ def _told_apart(dates: Sequence[Sequence[date]]) -> list[date | None]:
     return [own[place] if own else None for own in dates]
 
 
+_LIST_TAGS = ("dates", "datetimes", "times", "timestamps", "acquisition_dates", "time", "date")
+_LIST_MARKS = re.compile(r"[\[\](){}'\"]")
+
+
+def tagged_dates(tags: Mapping[str, str]) -> tuple[date, ...]:
+    """The list of dates in a file's tags (lower-case keys), separated by commas, `;` or spaces.
+
+    Returns:
+        At least two dates in order; empty if no tag is such a list.
+    """
+    for key in _LIST_TAGS:
+        parts = re.split(r"[,;\s]+(?=\d{4})", _LIST_MARKS.sub("", tags.get(key, "")).strip())
+        days = [date_of(part) for part in parts]
+        if len(days) > 1 and None not in days:
+            return tuple(day for day in days if day)
+    return ()
+
+
 def tagged_date(tags: Mapping[str, str], file: Mapping[str, str] | None = None) -> date | None:
     """The acquisition date in tags (lower-case keys), except TIFFTAG_DATETIME.
 

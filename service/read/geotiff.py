@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
+from urllib.parse import unquote
 
 import numpy as np
 import rasterio
@@ -135,6 +136,8 @@ class Header:
     alpha: int | None = None
     """Number of the last band, from 1, if GDAL assumes that it is alpha."""
     driver: Driver = "GTiff"
+    placed_by: str | None = None
+    """What places the pixels of a file without a transform, such as ground control points."""
 
     @property
     def name(self) -> str:
@@ -462,6 +465,13 @@ def _what_it_is(name: str, head: bytes) -> str:
         text = root if any(root.startswith(magic) for magic in _OTHER_FORMATS) else text
     if is_of_zarr(name):
         return f"it is {ZARR}"
+    if last.endswith(".adf"):  # some of these files begin as a shapefile does
+        return f"it is {_ARCINFO}"
+    if _GEOJSON.search(head):
+        return (
+            "it is GeoJSON, not a raster: a polygon that cuts the map goes into `area`, polygons "
+            "of fields go into `fields`, and points into `points`"
+        )
     for magic, what in _OTHER_FORMATS.items():
         if head.startswith(magic) or text.startswith(magic.lower()):
             return f"it is {what}"
@@ -489,7 +499,6 @@ _BY_SUFFIX: Mapping[tuple[str, ...], str] = {
     (".dbf", ".shx", ".cpg", ".sbn", ".sbx"): _SHAPEFILE,
     (".dat", ".bsq", ".bil", ".bip", ".raw", ".flt", ".bin", ".envi"): _RAW,
     (".sdat",): "a SAGA grid: convert it with gdal_translate -of COG, beside its .sgrd",
-    (".adf",): _ARCINFO,
     (".ecw",): "ECW: convert it with gdal_translate -of COG",
     (".nc", ".nc4", ".h5", ".he5"): _NETCDF,
     (".hdf",): "HDF: convert each band with gdal_translate -of COG",
@@ -631,7 +640,15 @@ def _header(
         ),
         masked=MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
         alpha=dataset.count if alpha else None,
+        placed_by=None if georeference[0] else _placed_by(dataset),
     )
+
+
+def _placed_by(dataset: rasterio.DatasetReader) -> str | None:
+    """What places the pixels of an open file that has no CRS; None if nothing does."""
+    if dataset.gcps[0]:
+        return "ground control points"
+    return "rational polynomial coefficients (RPC)" if dataset.rpcs else None
 
 
 def _blocks_bytes(dataset: rasterio.DatasetReader, together: int) -> int:
@@ -669,7 +686,8 @@ def label(name: str, position: int) -> str:
 
     The name keeps its last folders, which may contain the date or the tile.
     """
-    parts = _NOT_SHOWN.sub("", name).replace("\\", "/").split("/")
+    # Names from addresses have spaces as %20, whose digits would be read as those of a date.
+    parts = _NOT_SHOWN.sub("", unquote(name)).replace("\\", "/").split("/")
     *folders, last = [part.strip() for part in parts]
     if not last.strip(". "):
         return f"file {position + 1}"

@@ -45,6 +45,7 @@ from service.read.dates import (
     name_contradicts,
     named_days,
     tagged_date,
+    tagged_dates,
 )
 from service.read.geotiff import Header, with_full_name
 from service.read.reflectance import DatedNumber
@@ -150,6 +151,8 @@ class DescribedFile:
         texts = [text.replace("/", "-") for text in self.header.descriptions if text]
         if self.count > 1 and len(texts) == self.count and not any(found):
             found = named_days(texts)  # forms that count only if all bands have them
+        if not any(found) and len(listed := tagged_dates(self.header.tags)) == self.count:
+            return listed
         return tuple(found)
 
     @cached_property
@@ -523,7 +526,11 @@ def _slots_of_one_file(
         (slot,) = found.values()
         (day,) = _file_days([file], replace(query, dates=None))
         return [replace(slot, day=day)]
-    return list(found.values())
+    slots = list(found.values())
+    listed = tagged_dates(file.header.tags)
+    if not described and len(listed) == len(slots):
+        slots = [replace(slot, day=day) for slot, day in zip(slots, listed, strict=True)]
+    return slots
 
 
 def _names_in_one_file(

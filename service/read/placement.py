@@ -13,13 +13,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import rasterio.warp
 from affine import Affine
 from rasterio.crs import CRS
 from rasterio.transform import array_bounds
 
-from service.errors import GridMismatch, InvalidRequest, StackWarning
+from service.errors import GridMismatch, InvalidRequest, NoGeoreference, StackWarning
 from service.grid import CRSError, GDALError, Grid, Window, crs_name, crs_of
 from service.read.geotiff import Header
 
@@ -142,6 +143,11 @@ def _grids(headers: Sequence[Header]) -> list[Grid]:
 
 
 def _grid_of(header: Header) -> Grid:
+    if header.placed_by is not None:
+        raise NoGeoreference(
+            f"'{header.name}' has {header.placed_by} in place of a CRS and transform: bring it to "
+            "a grid first, as with gdalwarp -t_srs EPSG:32631 -tr 10 10"
+        )
     return Grid.of(
         header.name,
         crs=header.crs,
@@ -271,7 +277,9 @@ def _scale(own: Grid, grid: Grid, name: str) -> tuple[float, float]:
 
 
 def _sizes(grid: Grid) -> tuple[float, float]:
-    return abs(grid.transform.a), abs(grid.transform.e)
+    """Length of a pixel across and down, also of a rotated grid."""
+    place = grid.transform
+    return math.hypot(place.a, place.d), math.hypot(place.b, place.e)
 
 
 def _requested_grid(
@@ -284,7 +292,8 @@ def _requested_grid(
     """
     if requested == "finest":
         return _over(grids, min(grids, key=_ground))
-    named = [h for h in everything if requested in {h.name, h.name.rpartition("/")[2]}]
+    wanted = unquote(requested)  # as `label` names files
+    named = [h for h in everything if wanted in {h.name, h.name.rpartition("/")[2]}]
     if named:
         return next((g for h, g in zip(used, grids, strict=True) if h is named[0]), None) or (
             _grid_of(named[0])
@@ -312,6 +321,8 @@ def _requested_grid(
 def _over(grids: Sequence[Grid], lattice: Grid) -> Grid:
     """The part of a lattice that covers all grids."""
     boxes = [_box(grid, lattice) for grid in {id(g): g for g in grids}.values()]
+    # Tiles on both sides of the antimeridian are neighbours.
+    boxes = [_nearest_turn(box, boxes[0], lattice) for box in boxes]
     left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
     right, bottom = max(box[2] for box in boxes), max(box[3] for box in boxes)
     if (left, top, right, bottom) == (0, 0, lattice.width, lattice.height):
@@ -324,16 +335,31 @@ def _over(grids: Sequence[Grid], lattice: Grid) -> Grid:
     )
 
 
-def _box(grid: Grid, lattice: Grid) -> tuple[int, int, int, int]:
+_Box = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels of a lattice."""
+
+
+def _nearest_turn(box: _Box, other: _Box, lattice: Grid) -> _Box:
+    """A box with the longitudes nearest to another box, of all turns around the Earth.
+
+    In a CRS that is not in degrees, and on a rotated lattice, the box itself.
+    """
+    place = lattice.transform
+    if not lattice.crs.is_geographic or place.b or place.d:
+        return box
+    turn = 2 * math.pi / lattice.crs.units_factor[1] / place.a
+    by = round(round((other[0] + other[2] - box[0] - box[2]) / 2 / turn) * turn)
+    return box[0] + by, box[1], box[2] + by, box[3]
+
+
+def _box(grid: Grid, lattice: Grid) -> _Box:
     """Left, top, right and bottom of a grid in whole pixels of a lattice."""
     return _pixels(
         array_bounds(grid.height, grid.width, grid.transform), grid.crs, lattice, grid=grid
     )
 
 
-def _pixels(
-    bounds: Bounds, crs: CRS, lattice: Grid, *, grid: Grid | None = None
-) -> tuple[int, int, int, int]:
+def _pixels(bounds: Bounds, crs: CRS, lattice: Grid, *, grid: Grid | None = None) -> _Box:
     """Bounds in some CRS, as whole pixels of a lattice, outwards."""
     if grid is not None and _same_crs(grid, lattice):
         step = ~lattice.transform @ grid.transform
@@ -349,6 +375,8 @@ def _pixels(
                 f"the extent {bounds} in {crs_name(crs)} cannot be transformed to "
                 f"{crs_name(lattice.crs)}: give a `grid` in a CRS that covers it"
             ) from error
+        if lattice.crs.is_geographic and left > right:  # across the antimeridian
+            right += 2 * math.pi / lattice.crs.units_factor[1]
         inverse = ~lattice.transform
         at = [inverse @ (x, y) for x in (left, right) for y in (bottom, top)]
     if not all(math.isfinite(value) for pair in at for value in pair):
@@ -380,11 +408,27 @@ def _cropped(grid: Grid, place: Place) -> tuple[Grid, Mapping[str, Any] | None]:
                 f"the polygon cannot be transformed to the files' CRS {crs_name(grid.crs)}: give a "
                 "polygon on the files, in degrees",
             ) from error
+        area = _on_the_grids_side(area, grid)
     return grid, area
 
 
+def _on_the_grids_side(area: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+    """A polygon in degrees with the longitudes nearest to a grid that lies beyond 180 degrees."""
+    if grid.beyond_antimeridian is None:
+        return dict(area)
+    middle = sum(grid.beyond_antimeridian) / 2
+    single = area["type"] == "Polygon"
+    polygons = [area["coordinates"]] if single else area["coordinates"]
+    moved = [
+        [[[x + 360 * round((middle - x) / 360), *rest] for x, *rest in ring] for ring in rings]
+        for rings in polygons
+    ]
+    return {**area, "coordinates": moved[0] if single else moved}
+
+
 def _part(grid: Grid, bounds: Bounds, field: str) -> Grid:
-    left, top, right, bottom = _pixels(bounds, _DEGREES, grid)
+    whole = (0, 0, grid.width, grid.height)
+    left, top, right, bottom = _nearest_turn(_pixels(bounds, _DEGREES, grid), whole, grid)
     left, top = max(left, 0), max(top, 0)
     right, bottom = min(right, grid.width), min(bottom, grid.height)
     if left >= right or top >= bottom:
@@ -408,10 +452,16 @@ def _part(grid: Grid, bounds: Bounds, field: str) -> Grid:
 
 
 def extent_of(area: Mapping[str, Any]) -> Bounds:
-    """West, south, east and north of a GeoJSON Polygon or MultiPolygon."""
+    """West, south, east and north of a GeoJSON Polygon or MultiPolygon.
+
+    West is larger than east if its parts lie on both sides of the antimeridian.
+    """
     polygons = [area["coordinates"]] if area["type"] == "Polygon" else area["coordinates"]
     points = [point for rings in polygons for ring in rings for point in ring]
     xs, ys = [point[0] for point in points], [point[1] for point in points]
+    if len(polygons) > 1 and max(xs) - min(xs) > 180 and all(abs(x) > 90 for x in xs):
+        # Cut at the antimeridian, as RFC 7946 requires it.
+        return min(x for x in xs if x > 0), min(ys), max(x for x in xs if x < 0), max(ys)
     return min(xs), min(ys), max(xs), max(ys)
 
 
@@ -456,9 +506,10 @@ def touches(header: Header, place: Place) -> bool:
     own = _grid_of(header)
     for one in bounds:
         try:
-            left, top, right, bottom = _pixels(one, _DEGREES, own)
+            box = _pixels(one, _DEGREES, own)
         except GridMismatch:  # the part has no place in the file's CRS
             return False
+        left, top, right, bottom = _nearest_turn(box, (0, 0, own.width, own.height), own)
         if left >= own.width or top >= own.height or right <= 0 or bottom <= 0:
             return False
     return True

@@ -92,6 +92,21 @@ _FOREIGN = tuple(
         (rf"{_START}ENMAP\d*{_END}", "enmap", "EnMAP"),
         (rf"{_START}DESIS{_END}", "desis", "DESIS"),
         (rf"{_START}EMIT{_END}", "emit", "EMIT"),
+        (rf"{_START}PROBA[_\- ]?V{_END}", "proba-v", "PROBA-V"),
+        (rf"{_START}SPOT[_\- ]?(?:VGT|VEGETATION)\d?{_END}", "spot-vgt", "SPOT VEGETATION"),
+        (rf"{_START}(?:PHR1?[AB]|PNEO\d?|Pl[eé]iades){_END}", "pleiades", "Pléiades"),
+        (rf"{_START}(?:WV0?[1-4]|WorldView[_\- ]?\d?|GE01|QB02){_END}", "worldview", "WorldView"),
+        (rf"{_START}(?:GF[1-7][A-D]?|Gaofen[_\- ]?\d?){_END}", "gaofen", "Gaofen"),
+        (rf"{_START}(?:ssc\d+\w*|SkySat\w*){_END}", "skysat", "SkySat"),
+        (rf"{_START}(?:AST_(?:L1|0[5-9])\w*|ASTER){_END}", "aster", "ASTER"),
+        (rf"{_START}(?:AVHRR){_END}", "avhrr", "AVHRR"),
+        (rf"{_START}(?:R2A?|Resourcesat[_\- ]?\w*)[_\- ](?:LISS|AWIFS)\w*", "liss", "Resourcesat"),
+        (
+            rf"{_START}S1[A-D]_(?:IW|EW|SM)_|{_START}Sentinel[_\- ]?1[A-D]?{_END}",
+            "sentinel-1",
+            "Sentinel-1",
+        ),
+        (rf"{_START}S3[AB]_SY_", "sentinel-3", "Sentinel-3"),
         (rf"{_START}NAIP{_END}|{_START}m_\d{{7}}_[ns][ew]_\d\d_", "naip", "NAIP"),
     )
 )
@@ -113,6 +128,7 @@ _NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
         # RapidEye's products are named analytic as PlanetScope's are.
         *_FOREIGN,
         (r"AnalyticMS|PSScene|PlanetScope|SuperDove|planet_medres", PLANETSCOPE),
+        (rf"_PS_(?:normalized_)?analytic|{_START}PS2(?:_SD)?{_END}", PLANETSCOPE),
         (rf"{_START}S2[A-D]?_(?:MSIL|OPER|L[12]|\d)", SENTINEL_2),
         (rf"{_START}(?:SEN|Sentinel[_\- ]?)2[A-D]?{_END}|{_START}SEN2[LH]{_END}", SENTINEL_2),
         (rf"{_START}S2[A-D](?:1C|2A)?_", SENTINEL_2),

@@ -20,7 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import InvalidRequest, MissingBands, RasterTooLarge, StackWarning
+from service.errors import (
+    InvalidRequest,
+    MissingBands,
+    MissingDates,
+    RasterTooLarge,
+    StackWarning,
+)
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
 from service.read.band_names import ALPHA
@@ -284,7 +290,13 @@ def open_stack(
         if sensor
     }
     headers = [in_sentinel_2_terms(header, by_file.get(header.source)) for header in headers]
-    arranged = arrange(headers, options, bands=bands, optional=optional, dated=dated)
+    try:
+        arranged = arrange(headers, options, bands=bands, optional=optional, dated=dated)
+    except MissingDates as error:
+        if not opened.unused_dates:
+            raise
+        name, why = opened.unused_dates[0]
+        raise MissingDates(f"{error.detail} ('{name}' is not used: {why})") from error
     bands = arranged.bands
     with gdal_options():
         place = Place(grid=options.grid, bbox=options.bbox, area=options.area)
@@ -414,6 +426,8 @@ class Headers:
     """The headers, completed by the metadata files."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Files that are not used, each with the reason."""
+    unused_dates: tuple[tuple[str, str], ...] = ()
+    """Those of them that hold dates."""
     warnings: tuple[StackWarning, ...] = ()
     """About metadata that is used or not used."""
 
@@ -435,6 +449,7 @@ def read_headers(files: Sequence[SourceFile]) -> Headers:
         found = sort_files(files)
         headers = [read_header(file, known) for file in found.rasters]
         left_out = found.left_out
+        unused_dates: tuple[tuple[str, str], ...] = ()
         warnings: tuple[StackWarning, ...] = ()
         if found.metadata:
             warnings = ignored_offsets(headers, found.metadata)
@@ -442,7 +457,10 @@ def read_headers(files: Sequence[SourceFile]) -> Headers:
         if found.lists:
             headers, unused, assumed = with_date_lists(headers, found.lists)
             left_out, warnings = (*left_out, *unused), (*warnings, *assumed)
-        return Headers(headers=headers, left_out=left_out, warnings=warnings)
+            unused_dates = tuple(unused)
+        return Headers(
+            headers=headers, left_out=left_out, unused_dates=unused_dates, warnings=warnings
+        )
 
 
 def _check_size(arranged: Arrangement, grid: Grid, bands: Sequence[str], max_bytes: int) -> None:
