@@ -15,7 +15,7 @@ import rasterio
 from rich.console import Console
 
 from pimc_client.cli import _bars, main
-from tests.kits.client import CARD, LEGEND, Reply, classes, serving, zipped
+from tests.kits.client import CARD, LEGEND, Reply, classes, serving, without_pauses, zipped
 
 ROOT = Path(__file__).parents[1]
 COG = {
@@ -40,7 +40,7 @@ def pimc(monkeypatch, capsys):
         for name, value in {"PIMC_URL": url, **environment}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["pimc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
+        with without_pauses(), pytest.raises(SystemExit) as end:
             main()
         out, err = capsys.readouterr()
         # `sys.exit(text)` is printed, and 1, by the interpreter itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import httpx
@@ -21,12 +22,18 @@ from pimc_client import (
     WaitTimedOut,
     operations,
 )
-from tests.kits.client import cog, connected, zipped
+from tests.kits.client import cog, connected, without_pauses, zipped
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 FILE = ("a.tif", b"x")
 VALUES = np.array([[[0, 1], [1, 255]]], np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def at_once() -> Iterator[None]:
+    with without_pauses():
+        yield
 
 
 class JobServer:

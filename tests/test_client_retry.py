@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -24,11 +25,18 @@ from pimc_client import (
 from pimc_client.async_retry_transport import AsyncRetryTransport
 from pimc_client.retry import RetryPolicy, seconds_to_wait
 from pimc_client.retry_transport import RetryTransport
-from tests.kits.client import Reply, connected, serving
+from tests.kits.client import Reply, connected, serving, without_pauses
 from tests.kits.patience import soon
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
+AT_ONCE = pytest.mark.usefixtures("at_once")
 OVERLOADED = b'{"code": "overloaded", "status": 503, "detail": "4 of 4 places taken"}'
+
+
+@pytest.fixture
+def at_once() -> Iterator[None]:
+    with without_pauses():
+        yield
 
 
 def overloaded(retry_after="0"):
@@ -56,6 +64,7 @@ def stack(folder):
     return [first, opened, ("third.tif", b"in memory"), io.BytesIO(b"a stream")], opened
 
 
+@AT_ONCE
 @KINDS
 @pytest.mark.parametrize(
     "failure", [overloaded(), too_many(), Reply(drop=True)], ids=["503", "429", "dropped"]
@@ -77,6 +86,7 @@ def test_a_retry_sends_the_same_body(tmp_path, kind, failure):
         assert not opened.closed
 
 
+@AT_ONCE
 @KINDS
 def test_a_retry_sends_the_same_json(kind):
     with (
@@ -126,6 +136,7 @@ def test_no_other_error_is_retried(kind, status, code, error):
     assert len(received) == 1
 
 
+@AT_ONCE
 @KINDS
 def test_after_the_last_retry_the_error_has_retry_after(kind):
     with serving(lambda _: overloaded()) as (url, received), connected(kind, url, retries=2) as c:
@@ -258,6 +269,7 @@ def outcome_of(send):
         return type(error)
 
 
+@AT_ONCE
 @KINDS
 def test_a_502_of_a_gateway_is_retried_and_one_of_the_server_is_not(kind):
     ok = Reply(200, b'{"models": [], "defaults": {}}', {"Content-Type": "application/json"})

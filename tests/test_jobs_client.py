@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,17 @@ from pimc_client import (
     Summary,
     UnknownJob,
 )
-from tests.kits.client import connected
+from tests.kits.client import connected, without_pauses
 from tests.kits.gate import HELD, zoo_with_a_held_model
 from tests.kits.jobs import stack
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
+
+
+@pytest.fixture(autouse=True)
+def soon_again() -> Iterator[None]:
+    with without_pauses(poll=0.01):
+        yield
 
 
 @pytest.fixture(scope="module")

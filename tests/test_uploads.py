@@ -152,8 +152,8 @@ def test_the_rest_of_a_body_is_read_up_to_a_limit() -> None:
 
 @pytest.fixture(scope="module")
 def impatient(zoo: Path) -> Iterator[httpx.Client]:
-    """A service that ends uploads that are too slow for one second."""
-    with served(model_dir=zoo, max_concurrency=1, upload_seconds=1) as client:
+    """A service that ends uploads that are too slow for a fifth of a second."""
+    with served(model_dir=zoo, max_concurrency=1, upload_seconds=0.2) as client:
         yield client
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import numpy as np
@@ -21,7 +22,8 @@ import rasterio.shutil
 from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 
-from pimc_client import AsyncClient, AsyncJob, Client
+from pimc_client import AsyncClient, AsyncJob, Client, operations
+from pimc_client.retry import RetryPolicy
 
 TRANSFORM = Affine(10.0, 0.0, 600_000.0, 0.0, -10.0, 5_600_000.0)
 LEGEND = [
@@ -73,6 +75,25 @@ def connected(kind: str, base_url: str, **options) -> Iterator[Client | Awaited]
             runner.run(client.aclose())
 
 
+@contextmanager
+def without_pauses(poll: float = 0.0) -> Iterator[None]:
+    """A context in which clients retry at once; `RetryPolicy.pause` still decides whether.
+
+    Args:
+        poll: seconds before the first repeated look at a job; a server in this process needs some.
+    """
+    pause = RetryPolicy.pause
+
+    def at_once(policy: RetryPolicy, *sent: Any) -> float | None:
+        return None if pause(policy, *sent) is None else 0.0
+
+    with (
+        patch.object(RetryPolicy, "pause", at_once),
+        patch.object(operations, "_FIRST_PAUSE", poll),
+    ):
+        yield
+
+
 @dataclass
 class Received:
     """A request that the server received."""
@@ -91,6 +112,10 @@ class Reply:
     body: bytes = b"{}"
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
     drop: bool = False
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of more connections at once than these, one waits for seconds
 
 
 @contextmanager
@@ -135,7 +160,7 @@ def serving(response: Callable[[Received], Reply]) -> Iterator[tuple[str, list[R
         def log_message(self, *args) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
