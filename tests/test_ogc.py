@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import email
-import functools
 import io
 import json
 import re
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from queue import Queue
-from types import ModuleType
 from typing import Any, get_args
 
 import geopandas
@@ -37,6 +35,7 @@ from tests.kits.client import Received, Reply, serving
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import ASYNC, ENDED, Files, change, stack, waited
 from tests.kits.jobs import SERIES as BODY
+from tests.kits.json_schema import json_schema
 from tests.kits.patience import PATIENCE
 from tests.kits.rasters import UTM
 
@@ -151,14 +150,6 @@ KEYWORDS = {
     "contentSchema",
 }  # fmt: skip
 """Keywords of a schema in a process description; no others are allowed."""
-
-
-@functools.cache
-def json_schema() -> ModuleType:
-    """The module `jsonschema`, whose import takes seconds: it compiles a grammar of addresses."""
-    import jsonschema
-
-    return jsonschema
 
 
 def conforms(document: Any, schema: dict[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from service.read.geotiff import SourceFile
 from service.write.stac_item import class_name, footprint, model_item
 from tests.kits.client import connected
 from tests.kits.jobs import waited
+from tests.kits.json_schema import json_schema
 from tests.kits.rasters import NORTH_UP, UTM, write
 
 pytestmark = pytest.mark.slow
@@ -59,7 +60,7 @@ ITEM_SCHEMA = "https://schemas.stacspec.org/v1.1.0/item-spec/json-schema/item.js
 
 def check_item(item: dict[str, Any], *extensions: str) -> None:
     """An item fits the schema of STAC 1.1 and of every extension that it names."""
-    import jsonschema  # takes seconds: it compiles a grammar of addresses
+    jsonschema = json_schema()
     from stac_validator.stac_validator import StacValidate  # takes seconds as well
 
     names = {url.split("/")[3] for url in item["stac_extensions"]}
@@ -76,6 +77,7 @@ def check_item(item: dict[str, Any], *extensions: str) -> None:
 
 def check_collection(document: dict[str, Any]) -> None:
     """An ItemCollection is valid, as are all of its items."""
+    json_schema()
     from stac_validator.stac_validator import StacValidate
 
     assert document["type"] == "FeatureCollection"
