@@ -8,6 +8,7 @@ python -m service restore FOLDER    copies a backup to an empty PIMC_STATE_DIR
 from __future__ import annotations
 
 import argparse
+import asyncio
 import ctypes
 import gc
 import logging.config
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -54,6 +56,8 @@ _UVICORN_FAILED = 3
 _FAILED = 1
 """Exit status if a supervised thread failed for good or the service hung; Compose, Kubernetes and
 systemd then start the service again."""
+_ACCEPTED_PER_TURN = 16
+"""Largest number of connections that are accepted in one turn of the event loop."""
 _STUCK_SECONDS = 12.0
 """Seconds after the grace period at which a process that hangs ends itself. With the default grace
 period of 30 s, Compose and systemd send SIGKILL after 45 s."""
@@ -243,8 +247,31 @@ class DrainingServer(uvicorn.Server):
         A collection of all objects holds up every thread, for as long as it takes to look at each.
         """
         await super().startup(sockets)
+        await self._listen_again()
         gc.collect()
         gc.freeze()
+
+    async def _listen_again(self) -> None:
+        """Register each listening socket several times.
+
+        uvloop accepts one connection per registration and turn of the event loop. With a single
+        one, clients that open connections in a loop delay those of all others by seconds.
+        """
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def protocol() -> asyncio.Protocol:
+            kind: Any = config.http_protocol_class
+            made: asyncio.Protocol = kind(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return made
+
+        for listener in [one for server in self.servers for one in server.sockets]:
+            for _ in range(_ACCEPTED_PER_TURN - 1):
+                again = socket.socket(fileno=os.dup(listener.fileno()))
+                self.servers.append(
+                    await loop.create_server(protocol, sock=again, backlog=config.backlog)
+                )
 
     async def on_tick(self, counter: int) -> bool:
         """Check ten times a second whether to close."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import json
@@ -10,8 +11,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
@@ -295,3 +297,38 @@ def test_importing_the_service_does_not_import_training_packages() -> None:
     assert "onnxruntime" in loaded
     heavy = {"torch", "onnx", "onnxscript", "sklearn", "scipy", "pandas", "matplotlib", "PIL"}
     assert not loaded & (heavy | {"training", "pimc_client"})
+
+
+def test_many_connections_are_accepted_in_one_turn_of_the_event_loop() -> None:
+    made: list[object] = []
+
+    class Counted(asyncio.Protocol):
+        def __init__(self, **_: object) -> None:
+            made.append(self)
+
+    http: Any = Counted
+    config = uvicorn.Config(FastAPI(), port=0, log_config=None, lifespan="off", http=http)
+    server = DrainingServer(config, FastAPI(), grace_seconds=1)
+
+    async def run() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(server.serve)
+            while not server.started:
+                await anyio.sleep(0.01)
+            place = server.servers[0].sockets[0].getsockname()
+            # The event loop does not run meanwhile: they wait to be accepted.
+            with ExitStack() as held:
+                for _ in range(40):
+                    held.enter_context(socket.create_connection(place[:2]))
+                turns = 0
+                while len(made) < 40:
+                    before = len(made)
+                    await anyio.lowlevel.checkpoint()
+                    turns += len(made) > before
+            server.should_exit = True
+        assert turns < 20
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(place[:2])
+
+    anyio.run(run, backend_options={"use_uvloop": True})
+    gc.unfreeze()
