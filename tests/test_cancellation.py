@@ -189,8 +189,13 @@ READ = "service.read.vectors:_json_object"
 PATCH = "service.infer.model:LoadedModel.patches"
 CHECKED = "service.run.series:_prepare"
 RESULT = "service.run.series:_result"
+HEADER = "service.read.stack:read_header"
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "map: headers": ("/classify-pixels", {}, HEADER),
+    "measured points: headers": ("/series", {"points": POINTS}, HEADER),
+    "own classes: headers": ("/heads", {"name": "own", "labels": LABELS}, HEADER),
+    "validate: headers": ("/validate?task=classify-pixels", {}, HEADER),
     "map: sample": ("/classify-pixels", {}, DECODE),
     "map: windows": ("/classify-pixels", {}, PREDICT),
     "map of embeddings": ("/embed", {}, PREDICT),

@@ -10,6 +10,7 @@ import re
 
 import httpx
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -216,3 +217,27 @@ def test_the_servers_own_log_is_json_too() -> None:
     # No handler of its own, so messages of uvicorn take the same way.
     assert all("handlers" not in logger for logger in config["loggers"].values())
     logging.config.DictConfigurator(config)  # what dictConfig would refuse, this refuses
+
+
+def test_the_text_of_the_metrics_is_that_of_the_library() -> None:
+    metrics = Metrics(per_key=True)
+    strange = 'a "name" \\ of\ntwo lines'
+    for status in (200, 503):
+        metrics.request_completed(
+            route="/jobs", method="GET", status=status, seconds=0.3, model=strange, key="ä"
+        )
+    metrics.ran(task="embed", pixels=3, stages={"read": 1e-9, "infer": 12.5})
+    metrics.build("1.0")
+    expected = [
+        line
+        for line in generate_latest(metrics._registry).decode().splitlines()
+        if "_created" not in line
+    ]
+
+    def stable(lines: list[str]) -> list[str]:
+        """Without the values that change by themselves."""
+        return [line.split()[0] if line.startswith("process_") else line for line in lines]
+
+    for _ in range(2):
+        found = metrics.text().decode().splitlines()
+        assert stable(found) == stable(expected)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
@@ -252,6 +252,7 @@ def open_stack(
     sensors: Collection[str] = (),
     other_sensors: Mapping[str, str] = MappingProxyType({}),
     model: str = "the model",
+    before_each: Callable[[], None] = lambda: None,
 ) -> Stack:
     """Open files as a stack, from their headers only.
 
@@ -266,6 +267,7 @@ def open_stack(
         sensors: names of the sensors that may be read; empty reads any.
         other_sensors: names of further sensors that are read with a warning, and their cost.
         model: the model of these sensors, for messages.
+        before_each: called before each file is opened; an exception that it raises ends the work.
 
     Raises:
         NotAGeoTIFF: a file is not a GeoTIFF.
@@ -278,7 +280,7 @@ def open_stack(
         InvalidRequest: the options contradict the files or each other.
     """
     _check_options(files, options)
-    opened = read_headers(files)
+    opened = read_headers(files, before_each)
     headers, ignored = opened.headers, opened.warnings
     options = replace(options, left_out=(*opened.left_out, *options.left_out))
     _check_rasters(files, headers)
@@ -353,12 +355,17 @@ def open_stack(
     )
 
 
-def stack_bands(files: Sequence[SourceFile], options: StackOptions) -> tuple[str, ...]:
+def stack_bands(
+    files: Sequence[SourceFile],
+    options: StackOptions,
+    before_each: Callable[[], None] = lambda: None,
+) -> tuple[str, ...]:
     """The bands of reflectance that the files have at every date, by Sentinel-2 name.
 
     Args:
         files: the GeoTIFFs, in the order given by the caller.
         options: the request's parameters about them.
+        before_each: called before each file is opened; an exception that it raises ends the work.
 
     Returns:
         Bands among `LAND_BANDS`, in that order, without bands that would be substituted by a twin.
@@ -369,7 +376,7 @@ def stack_bands(files: Sequence[SourceFile], options: StackOptions) -> tuple[str
         InvalidRequest: the options contradict the files or each other.
     """
     _check_options(files, options)
-    headers = read_headers(files).headers
+    headers = read_headers(files, before_each).headers
     _check_rasters(files, headers)
     detected = sensors_of(headers, options.sensor)
     headers = [
@@ -432,11 +439,14 @@ class Headers:
     """About metadata that is used or not used."""
 
 
-def read_headers(files: Sequence[SourceFile]) -> Headers:
+def read_headers(
+    files: Sequence[SourceFile], before_each: Callable[[], None] = lambda: None
+) -> Headers:
     """The headers of the rasters, completed by the metadata files among the given files.
 
     Args:
         files: rasters, metadata files, and files that usually lie beside rasters.
+        before_each: called before each raster; an exception that it raises ends the work.
 
     Raises:
         NotAGeoTIFF: a file is not a raster that the service reads, nor one that lies beside them.
@@ -447,7 +457,10 @@ def read_headers(files: Sequence[SourceFile]) -> Headers:
     # as long.
     with gdal_options():
         found = sort_files(files)
-        headers = [read_header(file, known) for file in found.rasters]
+        headers = []
+        for file in found.rasters:
+            before_each()
+            headers.append(read_header(file, known))
         left_out = found.left_out
         unused_dates: tuple[tuple[str, str], ...] = ()
         warnings: tuple[StackWarning, ...] = ()

@@ -215,6 +215,7 @@ def measure(
         bands=BANDS,
         optional=FURTHER_BANDS,
         max_bytes=max_raster_bytes,
+        before_each=lambda: check(cancelled),
     )
     count = len(request.points or ()) if fields is None else len(fields)
     _check_size(count, opened.observations, plots=request.plots)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Literal
@@ -382,7 +382,14 @@ def plan_request(
             else read_fields(request.fields, max_fields, lambda: check(cancelled))
         )
     model = engine.find(request.model, request.task, _modality(request), owner=owner)
-    run = _plan_files(request, model, max_raster_bytes, places=fields, rasters=rasters)
+    run = _plan_files(
+        request,
+        model,
+        max_raster_bytes,
+        places=fields,
+        rasters=rasters,
+        before_each=lambda: check(cancelled),
+    )
     run = _with_backtest(run, request, places=request.points is not None or fields is not None)
     if fields is not None:
         check_coverage(fields, run.stack.grid)
@@ -410,6 +417,7 @@ def _plan_files(
     *,
     places: Fields | None,
     rasters: bool,
+    before_each: Callable[[], None],
 ) -> RasterRun:
     _check_parameters(model, request)
     stack = open_stack(
@@ -421,6 +429,7 @@ def _plan_files(
         sensors=model.card.sensors,
         other_sensors=model.card.other_sensors,
         model=model.card.id,
+        before_each=before_each,
     )
     return plan_raster(
         model,

@@ -276,10 +276,15 @@ class _Teaching:
             )
         found = read_labels(request.labels, self.max_labels, partial(check, self.cancelled))
         labels = _labels(found.properties)
-        bands = stack_bands(request.files, request.stack)
+        before_each = partial(check, self.cancelled)
+        bands = stack_bands(request.files, request.stack, before_each)
         self._check_bands(bands, "the stack")
         stack = open_stack(
-            request.files, request.stack, bands=bands, max_bytes=self.max_raster_bytes
+            request.files,
+            request.stack,
+            bands=bands,
+            max_bytes=self.max_raster_bytes,
+            before_each=before_each,
         )
         warnings += found.warnings
         features = self._features(bands, len(stack.dates))

@@ -32,6 +32,7 @@ from service.read.layouts import StackOptions
 from service.read.stack import read_headers
 from service.run.collect import run_warnings
 from service.run.coverage import FieldGrid
+from service.run.executors import check
 from service.run.fields import field_windows
 from service.run.plan import Kind, Plan, RasterRun, unique
 from service.run.request import RasterRequest, SeriesRequest, TaskRequest
@@ -101,8 +102,8 @@ def validation(
             if isinstance(error, NotAGeoTIFF):
                 files_missing = True
                 consequences += _OF_MISSING_FILES
-                problems += _other_files(candidate, error)
-            candidate = _without(candidate, error)
+                problems += _other_files(candidate, error, cancelled)
+            candidate = _without(candidate, error, cancelled)
         else:
             break
     if problems:
@@ -135,7 +136,9 @@ def _of_arrangement(error: PIMCError) -> bool:
     return isinstance(error, InvalidRequest) and any(e["field"] in about for e in error.errors)
 
 
-def _without(request: TaskRequest, error: PIMCError) -> TaskRequest | None:
+def _without(
+    request: TaskRequest, error: PIMCError, cancelled: threading.Event | None
+) -> TaskRequest | None:
     """A request without what an error is about; None if it needs that, or does not have it."""
     if isinstance(error, UnknownModel | WrongTask):
         return None if request.model is None else replace(request, model=None)
@@ -146,7 +149,7 @@ def _without(request: TaskRequest, error: PIMCError) -> TaskRequest | None:
         # Similarity cannot be planned without its places.
         return replace(request, fields=None) if request.fields is not None else None
     if isinstance(error, NotAGeoTIFF):
-        files = tuple(file for file in request.files if _fault(file) is None)
+        files = tuple(file for file in request.files if _fault(file, cancelled) is None)
         return replace(request, files=files) if files and files != request.files else None
     stack = _cleared(request.stack, named & _OF_THE_STACK)
     cleared = _cleared(request, named & _PARAMETERS)
@@ -159,15 +162,18 @@ def _cleared(value: _Given, names: Set[str]) -> _Given | None:
     return replace(value, **given) if given else None
 
 
-def _other_files(request: TaskRequest, first: PIMCError) -> list[PIMCError]:
+def _other_files(
+    request: TaskRequest, first: PIMCError, cancelled: threading.Event | None
+) -> list[PIMCError]:
     """The errors of further files that are not GeoTIFFs."""
     files = request.files if isinstance(request, RasterRequest) else ()
-    found = [error for file in files if (error := _fault(file)) is not None]
+    found = [error for file in files if (error := _fault(file, cancelled)) is not None]
     return [error for error in found if error.detail != first.detail]
 
 
-def _fault(file: SourceFile) -> NotAGeoTIFF | None:
+def _fault(file: SourceFile, cancelled: threading.Event | None) -> NotAGeoTIFF | None:
     """Why a file cannot be read; None if it can, or is left out beside rasters."""
+    check(cancelled)
     if side_file(file):
         return None
     try:
