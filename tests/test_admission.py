@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import re
 import socket
 import tempfile
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -24,9 +26,11 @@ from starlette.responses import StreamingResponse
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
+from service.api import disconnect, sending
 from service.api.admission import Admission, FairSlots
 from service.api.middleware import SlowClientMiddleware
 from service.api.routes import tasks
+from service.api.sending import Downloads
 from service.errors import Overloaded
 from service.read import containers
 from service.run.execute import execute
@@ -170,6 +174,65 @@ async def test_slots_are_assigned_in_the_order_of_requests_and_a_cancelled_wait_
     assert order == [0, 1, 2]
     with anyio.fail_after(PATIENCE):
         await run(4)
+
+
+@pytest.mark.anyio
+async def test_callers_take_turns_to_have_files_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "_MAKERS", 1)
+    downloads = Downloads(most=9, most_per_caller=9)
+    order: list[str] = []
+    opened = threading.Event()
+
+    def make(caller: str) -> None:
+        order.append(caller)
+        assert opened.wait(PATIENCE)
+
+    async with anyio.create_task_group() as group:
+        for caller in ("a", "a", "a", "b"):
+            group.start_soon(downloads.made, caller, partial(make, caller))
+            await anyio.wait_all_tasks_blocked()
+        opened.set()
+    assert order == ["a", "b", "a", "a"]
+
+
+def test_callers_take_turns_to_have_long_bodies_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disconnect, "SHORT_BODY", 0)
+    order: list[str] = []
+    waits, reached, opened = threading.Semaphore(0), threading.Event(), threading.Event()
+    unless_gone, read_series = disconnect.unless_gone, tasks.read_series
+
+    async def waiting(*arguments: Any) -> Any:
+        waits.release()
+        return await unless_gone(*arguments)
+
+    def reads(task: Any, body: bytes) -> Any:
+        order.append(json.loads(body)["series"][0]["id"])
+        reached.set()
+        assert opened.wait(PATIENCE)
+        return read_series(task, body)
+
+    monkeypatch.setattr(disconnect, "unless_gone", waiting)
+    monkeypatch.setattr(tasks, "read_series", reads)
+    keys = {"a": "the-first-caller", "b": "the-second-caller"}
+    with (
+        served(model_dir=write_zoo(tmp_path / "zoo"), api_keys=",".join(keys.values())) as api,
+        ThreadPoolExecutor() as threads,
+    ):
+
+        def post(name: str) -> int:
+            body = {"series": [{**SERIES, "id": name}]}
+            return api.post("/embed", json=body, headers={"X-API-Key": keys[name[0]]}).status_code
+
+        calls = []
+        for name in ("a1", "a2", "a3", "b1"):
+            calls.append(threads.submit(post, name))
+            assert waits.acquire(timeout=PATIENCE)
+        assert reached.wait(PATIENCE)
+        opened.set()
+        assert [call.result() for call in calls] == [200] * 4
+    assert order == ["a1", "b1", "a2", "a3"]
 
 
 # Runs that wait at a gate until they are cancelled ---------------------------------------------

@@ -375,7 +375,9 @@ BODIES: dict[str, tuple[Callable[[Path], httpx.Request], str]] = {
     ),
     "values of an execution": (
         lambda _: httpx.Request(
-            "POST", "http://here/processes/embed/execution", json={"inputs": {"series": SERIES}}
+            "POST",
+            "http://here/processes/embed/execution",
+            json={"inputs": {"series": [{"value": one} for one in SERIES]}},
         ),
         "service.api.routes.processes:check_connected",
     ),

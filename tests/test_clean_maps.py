@@ -18,6 +18,7 @@ import scipy.ndimage
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import Registry
+from service.api.routes import jobs
 from service.errors import Cancelled, InvalidRequest
 from service.infer.engine import Engine
 from service.infer.smooth import FRACTION, SMOOTHNESS, smoothed
@@ -29,10 +30,11 @@ from service.run.plan import plan_raster
 from service.run.raster import make_work, run_raster
 from service.write import sieve
 from service.write.predictions import NO_CLASS, probabilities_of_bytes, probability_bytes
-from service.write.sieve import areas_of, sieved
+from service.write.sieve import areas_of, sieve_bytes, sieved
 from tests.kits.client import connected
 from tests.kits.jobs import waited
 from tests.kits.marks import in_all_tests
+from tests.kits.metrics import metric
 from tests.kits.rasters import write
 
 H, W, DATES = 48, 64, 4
@@ -524,6 +526,29 @@ def test_a_job_without_what_a_derived_map_needs_says_so(
     assert "no class map" in api.get(f"/jobs/{other}/result/class?min_area=1").text
     for strange in ("smooth=11", "smooth=-1", "min_area=-1", "min_area=nan"):
         assert api.get(f"/jobs/{plain}/result/class?{strange}").status_code == 422
+
+
+def test_a_derived_map_takes_memory_from_the_budget(
+    api: httpx.Client, stack: list[SourceFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(api, stack)
+    taken: list[float] = []
+    plain = jobs.derive_map
+
+    def derive(*arguments: Any, **named: Any) -> None:
+        taken.append(metric(api, "pimc_memory_taken_bytes"))
+        plain(*arguments, **named)
+
+    monkeypatch.setattr(jobs, "derive_map", derive)
+    for output in ("class", "polygons"):
+        assert api.get(f"/jobs/{job}/result/{output}?min_area=0.3").status_code == 200
+    # What a sieve takes at most: an area may be a pixel.
+    assert min(taken) >= sieve_bytes(H * W)
+    assert metric(api, "pimc_memory_taken_bytes") == 0
+    monkeypatch.setattr("service.run.derive.sieve_bytes", lambda _: 2**60)
+    response = api.get(f"/jobs/{job}/result/class?min_area=0.4")
+    assert (response.status_code, response.json()["code"]) == (413, "raster_too_large")
+    assert len(taken) == 2
 
 
 def test_a_large_map_is_not_derived_while_a_client_waits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import shutil
@@ -17,10 +18,12 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle, write_zoo
 from service.api.responses import COG, GEOJSON, ZIP
+from service.api.schemas import HeadList, JobList, ModelList
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,
@@ -624,6 +627,28 @@ def test_a_job_keeps_the_default_model_of_its_submission(
         assert api.post("/classify-pixels", json=SERIES).json()["model"] == "a-new-default@0.0.1"
         assert waited(api, job)["status"] == "successful"
         assert api.get(f"/jobs/{job}/result").json()["model"] == "pixels-landcover@0.0.1"
+
+
+# Lists ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "model"), [("/jobs", JobList), ("/heads", HeadList), ("/models", ModelList)]
+)
+def test_long_lists_are_not_made_on_the_event_loop(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, model: type[BaseModel]
+) -> None:
+    plain, made = model.model_dump_json, []
+
+    def text(document: BaseModel, **how: Any) -> str:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        made.append(document)
+        return plain(document, **how)
+
+    monkeypatch.setattr(model, "model_dump_json", text)
+    assert api.get(path).status_code == 200
+    assert len(made) == 1
 
 
 # Stored files ---------------------------------------------------------------------------------

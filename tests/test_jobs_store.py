@@ -7,7 +7,9 @@ import json
 import math
 import sqlite3
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
@@ -21,10 +23,13 @@ from rasterio.windows import Window
 
 from benchmarks.serving import served
 from service.errors import InsufficientStorage, InvalidRequest, ResultNotReady, UnknownJob
-from service.jobs.serialise import document_bytes, json_parts
+from service.jobs import serialise
+from service.jobs.serialise import document_bytes, json_parts, loaded
 from service.jobs.storage import FolderStorage
 from service.jobs.store import Idempotency, Job, JobStatus, JobStore
 from service.jobs.window_journal import WindowFile
+from service.run.execute import Result
+from service.run.executors import Timing
 from service.run.plan import Plan
 from service.run.windows import Step
 from service.settings import SettingsError
@@ -44,7 +49,7 @@ from tests.kits.jobs import (
     until,
     waited,
 )
-from tests.kits.patience import soon
+from tests.kits.patience import PATIENCE, soon
 from tests.kits.postgres import Postgres
 
 YEAR = 365 * 24 * 3600.0
@@ -80,6 +85,62 @@ def done(store: JobStore, ready: Plan, folder: Path) -> Job:
     assert job is not None
     store.succeed(job)
     return store.find("", job.id)
+
+
+# Files derived from results --------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(ready: Plan, tmp_path: Path) -> Iterator[tuple[JobStore, Job]]:
+    """A store with a job whose result is stored."""
+    with opened(tmp_path) as store:
+        store.accept(ready, tmp_path, owner="anna")
+        job = store.take()
+        assert job is not None
+        store.work(job).mkdir(parents=True)
+        result = Result(
+            task="embed", model="m@1", provider="CPU", files={}, document={}, pixels=1,
+            timing=Timing(read=0, infer=0, write=0), warnings=(),
+        )  # fmt: skip
+        store.publish(job, store.work(job), result)
+        store.succeed(job)
+        store.tidy(job)
+        yield store, store.find("anna", job.id)
+
+
+def test_files_derived_from_a_result_are_few_and_count_for_the_quota(
+    finished: tuple[JobStore, Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, job = finished
+    before = store.usage("anna").bytes
+    monkeypatch.setattr("service.jobs.store._MOST_READY", 3)
+    for number in range(5):
+        store.ready(job, f"class-{number}.tif", lambda path: path.write_bytes(bytes(1000)))
+        assert len(list((store.folder(job) / "ready").iterdir())) == number % 3 + 1
+        assert store.usage("anna").bytes == before + 1000 * (number % 3 + 1)
+
+
+def test_nothing_waits_while_a_file_is_derived_from_a_result(
+    finished: tuple[JobStore, Job],
+) -> None:
+    store, job = finished
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> None:
+        path.write_text("half")
+        begun.set()
+        assert go.wait(PATIENCE)
+
+    with ThreadPoolExecutor() as threads:
+        making = threads.submit(store.ready, job, "class.tif", slow)
+        assert begun.wait(PATIENCE)
+        other = store.ready(job, "embed.zip", lambda path: path.write_text("whole"))
+        assert other.read_bytes() == b"whole"
+        store.dismiss("anna", job.id)
+        go.set()
+        with pytest.raises(ResultNotReady, match="removed"):
+            making.result()
+    assert not store.folder(job).exists()
 
 
 # Clocks -----------------------------------------------------------------------------------------
@@ -555,6 +616,23 @@ def test_a_document_that_is_encoded_in_parts_is_the_document(document: dict[str,
     whole = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     assert document_bytes(document) == whole.encode()
     assert json.loads("".join(json_parts(document))) == document
+    for text in (whole, json.dumps(document), json.dumps(document, indent=1)):
+        assert loaded(text) == document
+
+
+def test_a_stored_document_is_parsed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [{"id": str(n), "values": [n / 7] * 20} for n in range(100)]
+    text = "".join(json_parts({"task": "embed", "series": {"series": many, "start": None}}))
+    parts: list[int] = []
+
+    def decode(text: str, at: int) -> tuple[Any, int]:
+        value, end = json.JSONDecoder().raw_decode(text, at)
+        parts.append(end - at)
+        return value, end
+
+    monkeypatch.setattr(serialise, "_DECODE", decode)
+    assert loaded(text)["series"]["series"] == many
+    assert max(parts) < len(text) / 50
 
 
 def test_a_document_with_a_number_that_json_lacks_is_an_error() -> None:

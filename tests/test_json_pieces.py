@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from service.api import json_pieces, processes, schemas
+from service.api.json_pieces import JsonText
 from service.api.processes import Binary
+from service.api.routes import processes as routes
 from service.api.schemas import (
     read_execute,
     read_head_items,
@@ -48,6 +50,16 @@ def read_body(text: bytes) -> Any:
     return named or found or read_series("classify-pixels", text)
 
 
+def read_parsed(text: bytes) -> Any:
+    """An execution, with the inputs that are not parsed yet."""
+    found = read_execute(text)
+    inputs = {
+        name: json.loads(one.text) if isinstance(one, JsonText) else one
+        for name, one in found.inputs.items()
+    }
+    return found.model_copy(update={"inputs": inputs})
+
+
 ITEMS = [{"href": "/a.tif", "date": "2021-01-05"}]
 READERS: dict[str, tuple[Callable[[bytes], Any], dict[str, Any]]] = {
     "series": (
@@ -79,7 +91,7 @@ READERS: dict[str, tuple[Callable[[bytes], Any], dict[str, Any]]] = {
         {"stac": {**FIELDS, "links": [1, {}]}, "smooth": 2},
     ),
     "execution": (
-        read_execute,
+        read_parsed,
         {"inputs": {"series": [{"value": one} for one in SERIES]}, "response": "document"},
     ),
 }
@@ -257,3 +269,45 @@ def test_no_call_of_the_parser_reads_more_than_a_piece(monkeypatch: pytest.Monke
     monkeypatch.setattr(type(schemas._SERIES_LIST.entries), "validate_json", measured)
     assert len(read_series("embed", text).series) == 20_000
     assert json_pieces.PIECE_BYTES <= longest < 4 * json_pieces.PIECE_BYTES < len(text)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_the_series_of_an_execution_are_parsed_once(
+    monkeypatch: pytest.MonkeyPatch, indent: int | None
+) -> None:
+    monkeypatch.setattr(json_pieces, "PIECE_BYTES", 100)
+    plain = {"series": SERIES, "model": "m"}
+    text = json.dumps({"inputs": plain, "response": "document"}, indent=indent).encode()
+    inputs = processes.read_inputs("embed", read_execute(text))
+    assert isinstance(inputs.body["series"], JsonText)
+    made = routes._text(inputs.body)
+    assert json.loads(made) == plain
+    assert read_series("embed", made) == read_series("embed", json.dumps(plain).encode())
+
+
+@pytest.mark.parametrize("entry", [{"value": SERIES[0]}, {"href": "/a.json"}, {"id": "\u0061\\"}])
+def test_series_of_an_execution_that_may_be_links_are_parsed(
+    monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(json_pieces, "PIECE_BYTES", 100)
+    body = {"inputs": {"series": [*SERIES, entry]}}
+    assert read_execute(json.dumps(body).encode()).inputs == body["inputs"]
+
+
+MANY = "[" + ",".join(["1"] * (json_pieces.MOST_VALUES + 2)) + "]"
+
+
+@pytest.mark.parametrize(
+    ("reader", "text"),
+    [
+        (read_execute, f'{{"inputs": {{"mask": {MANY}}}}}'),
+        (read_execute, f'{{"inputs": {{"series": {MANY}, "series": []}}}}'),
+        (read_execute, f'{{"inputs": {{"points": {{"features": [], "more": {MANY}}}}}}}'),
+        (READERS["series"][0], f'{{"series": {MANY}, "series": []}}'),
+    ],
+)
+def test_what_is_parsed_in_one_call_has_few_values(
+    reader: Callable[[bytes], Any], text: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="values, and at most 200000 are allowed"):
+        reader(text.encode())

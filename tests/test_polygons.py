@@ -77,7 +77,7 @@ def test_polygons_are_the_map(
     np.testing.assert_allclose(frame["hectares"], frame.geometry.area / 1e4, rtol=5e-3)
     # Neighbours share every vertex of a common edge, also once it is bent.
     assert shapely.coverage_is_valid(frame.geometry.values)
-    features = polygon_features(path, grid.crs)
+    features = list(polygon_features(path, grid.crs))
     bent = np.array([shapely.from_geojson(json.dumps(f["geometry"])) for f in features], object)
     assert shapely.coverage_is_valid(bent)
     expected = frame.to_crs("EPSG:4326").geometry.values
@@ -102,16 +102,34 @@ def test_a_rotated_grid_in_degrees(tmp_path: Path) -> None:
     frame, _, path = written(values, tmp_path, "EPSG:4326", turned)
     assert frame.crs == "OGC:CRS84"
     assert shapely.coverage_is_valid(frame.geometry.values)
-    features = polygon_features(path, CRS.from_epsg(4326))
+    features = list(polygon_features(path, CRS.from_epsg(4326)))
     assert len(features) == len(frame)
     area = shapely.area(frame.geometry.values).sum()
     np.testing.assert_allclose(area, (values != NO_CLASS).sum() * 1e-6)
 
 
+def test_features_are_made_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, grid, path = written(noise(1, 3), tmp_path)
+    whole = list(polygon_features(path, grid.crs))
+    made: list[int] = []
+    plain = shapely.from_wkb
+
+    def from_wkb(shapes: list[bytes]) -> Any:
+        made.append(len(shapes))
+        return plain(shapes)
+
+    monkeypatch.setattr(polygons, "_FEATURES", 10)
+    monkeypatch.setattr(shapely, "from_wkb", from_wkb)
+    assert next(polygon_features(path, grid.crs)) == whole[0]
+    assert made == [10]
+    assert list(polygon_features(path, grid.crs)) == whole
+    assert max(made) == 10 < len(whole)
+
+
 def test_a_map_without_a_class_has_no_polygons(tmp_path: Path) -> None:
     frame, grid, path = written(np.full((4, 4), NO_CLASS, np.uint8), tmp_path)
     assert len(frame) == 0
-    assert polygon_features(path, grid.crs) == []
+    assert list(polygon_features(path, grid.crs)) == []
 
 
 def test_too_many_polygons_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ import anyio
 
 from service.errors import BodyStalled, BodyTooLarge, Overloaded, TooManyRequests
 
+PATIENCE = 30.0
+"""Longest time for which a request that holds a run slot waits for memory, seconds."""
 REQUESTS = "requests"
 """Name of the quota of requests at once."""
 
@@ -217,9 +219,9 @@ class Admission:
     ) -> None:
         self.runs = FairSlots(run_slots)
         """The run slots."""
-        self.parsers = anyio.CapacityLimiter(1)
-        """Limiter of the threads that parse long bodies: Python runs one of them at a time anyway,
-        and requests whose client leaves meanwhile are not parsed."""
+        self.parsers = FairSlots(1)
+        """The turn to parse a long body: Python runs one such thread at a time anyway, and requests
+        whose client leaves meanwhile are not parsed."""
         self._upload_rate = upload_rate
         self._most_requests = most_requests
         self._given_up = given_up

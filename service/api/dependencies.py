@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from anyio import to_thread
 from fastapi import Depends, Header, Request, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from service.api.admission import Admission
+from service.api.admission import PATIENCE, Admission
 from service.api.auth import (
     ApiKeys,
     Refusals,
@@ -37,7 +38,7 @@ from service.jobs.store import JobStore
 from service.read.connect import Remotes
 from service.read.geotiff import BlockCache
 from service.run.executors import ClusterState, ThreadExecutor
-from service.run.memory import MemoryBudget
+from service.run.memory import MemoryBudget, Need
 from service.settings import Settings
 from service.telemetry import Metrics
 
@@ -69,6 +70,10 @@ class AppState:
     runner: JobRunner
     closing: threading.Event
     """Set when the service begins to stop; new requests are rejected from then on."""
+
+    def reserve(self, need: Need) -> AbstractContextManager[None]:
+        """Reserve memory while a file is made from a result."""
+        return self.budget.take(need, patience=PATIENCE)
 
     @property
     def limits(self) -> Limits:

@@ -47,20 +47,27 @@ def check_connected() -> None:
 
 
 async def in_turn(
-    parse: Callable[[], Result], *, size: int, turns: anyio.CapacityLimiter
+    parse: Callable[[], Result], *, size: int, turn: AbstractAsyncContextManager[None]
 ) -> Result:
     """Parse or write JSON in a thread; a long text in turn, as Python runs one thread at a time.
 
     Args:
         parse: the work.
         size: size of the text, bytes.
-        turns: limiter of the threads that parse long bodies.
+        turn: context of the turn for a long text, entered before the work and left after it.
     """
-    return await to_thread.run_sync(parse, limiter=turns if size > SHORT_BODY else None)
+    if size <= SHORT_BODY:
+        return await to_thread.run_sync(parse)
+    async with turn:
+        return await to_thread.run_sync(parse)
 
 
 async def parse_body(
-    request: Request, parse: Callable[[], Result], *, size: int, turns: anyio.CapacityLimiter
+    request: Request,
+    parse: Callable[[], Result],
+    *,
+    size: int,
+    turn: AbstractAsyncContextManager[None],
 ) -> Result:
     """Parse a body in a thread; a long one in turn, and for as long as the client stays connected.
 
@@ -68,12 +75,12 @@ async def parse_body(
         request: the request, whose body has been read to the end.
         parse: parses the body.
         size: size of the body, bytes.
-        turns: limiter of the threads that parse long bodies.
+        turn: see `in_turn`.
 
     Raises:
         Cancelled: the client disconnected before the body was parsed.
     """
-    parsing = in_turn(parse, size=size, turns=turns)
+    parsing = in_turn(parse, size=size, turn=turn)
     return await (parsing if size <= SHORT_BODY else unless_gone(request, parsing))
 
 

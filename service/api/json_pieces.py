@@ -56,6 +56,16 @@ class LongList:
     """Whether only the first invalid entry is reported."""
     bounded: bool = True
     """Whether the number of values of an entry is limited."""
+    parsed_unless: tuple[bytes, ...] = ()
+    """If the list has none of these texts, it is kept as `JsonText`, for a later validation; empty
+    for a list that is always parsed."""
+
+
+@dataclass(frozen=True)
+class JsonText:
+    """A JSON value that was not parsed."""
+
+    text: bytes
 
 
 class Faults(Exception):
@@ -128,11 +138,21 @@ def _in_pieces(
     top = members(text)
     if top is None:
         return None
-    beside = sum(_values(text, value) for name, value in top.items() if name not in documents)
-    faults, filled, replaced = Faults(), [], []
+    # All that is not subtracted counts, also the earlier values of a repeated key.
+    beside = text.count(b",")
+    beside -= sum(_values(text, value) for name, value in top.items() if name in documents)
+    faults, replaced = Faults(), []
+    filled: list[tuple[tuple[str, ...], list[Any] | JsonText]] = []
+    objects: dict[tuple[str, ...], Mapping[str, Value]] = {(): top}
     for long in lists:
-        where = _list_at(text, top, long.path)
+        where = _list_at(text, objects, long.path)
         if where is None:
+            continue
+        beside -= 0 if long.path[0] in documents else _values(text, where)
+        entire = text[where.begin : where.end] if long.parsed_unless else b""
+        if entire and not any(one in entire for one in long.parsed_unless):
+            filled.append((long.path, JsonText(entire)))
+            replaced.append((where, b"[]"))
             continue
         read = _entries(long, text, where, faults)
         if read is None:
@@ -140,7 +160,6 @@ def _in_pieces(
         entries, number = read
         if long.most is not None and number > long.most and not faults.count:
             faults.add(_too_long(long.path, long.most))
-        beside -= 0 if long.path[0] in documents else _values(text, where)
         filled.append((long.path, entries))
         replaced.append((where, b"[" + (long.stand_in if number else b"") + b"]"))
     if beside > MOST_VALUES:
@@ -159,8 +178,8 @@ def _in_pieces(
         names = {name: rank for rank, name in enumerate(model.model_fields)}
         faults.errors.sort(key=lambda one: names.get(str(one["loc"][0]), len(names)))
         raise faults
-    for path, entries in filled:
-        found = _with(found, path, entries)
+    for path, new in filled:
+        found = _with(found, path, new)
     return found
 
 
@@ -203,12 +222,22 @@ def _entries(
     return entries, number
 
 
-def _list_at(text: bytes, top: Mapping[str, Value], path: Sequence[str]) -> Value | None:
-    """Where a list is; None if there is none."""
-    where = top.get(path[0])
-    for name in path[1:]:
-        inner = None if where is None else members(text, where)
-        where = None if inner is None else inner.get(name)
+def _list_at(
+    text: bytes, objects: dict[tuple[str, ...], Mapping[str, Value]], path: tuple[str, ...]
+) -> Value | None:
+    """Where a list is; None if there is none.
+
+    Args:
+        text: the document.
+        objects: the values of each object that was looked at, by the keys that lead to it; the
+            objects on the way to the list are added.
+        path: keys that lead to the list.
+    """
+    where = None
+    for depth, name in enumerate(path):
+        if path[:depth] not in objects:
+            objects[path[:depth]] = (where and members(text, where)) or {}
+        where = objects[path[:depth]].get(name)
     return None if where is None or text[where.begin : where.begin + 1] != b"[" else where
 
 
@@ -221,11 +250,18 @@ def _with_replaced(text: bytes, replaced: Iterable[tuple[Value, bytes]]) -> byte
     return b"".join([*parts, text[at:]])
 
 
-def _with(owner: Any, path: Sequence[str], entries: list[Any]) -> Any:  # noqa: ANN401 - JSON
+def _with(
+    owner: Any,  # noqa: ANN401 - JSON
+    path: Sequence[str],
+    entries: list[Any] | JsonText,
+) -> Any:  # noqa: ANN401 - JSON
     """A copy of a model or an object, with other entries in the list at a path."""
     name, *further = path
     old = owner[name] if isinstance(owner, Mapping) else getattr(owner, name)
-    new = _with(old, further, entries) if further else type(old)(entries)
+    if further:
+        new = _with(old, further, entries)
+    else:
+        new = entries if isinstance(entries, JsonText) else type(old)(entries)
     return (
         {**owner, name: new} if isinstance(owner, Mapping) else owner.model_copy(update={name: new})
     )

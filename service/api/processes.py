@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from models.card import Task
 from service.api.disconnect import check_connected
+from service.api.json_pieces import JsonText
 from service.api.negotiation import MediaRange
 from service.api.responses import COG, CSV, GEOJSON, PARQUET, ZIP
 from service.api.schemas import (
@@ -170,7 +171,9 @@ def description_of(task: Runnable, root: str) -> ProcessDescription:
         root: path before the service's own paths.
     """
     return ProcessDescription(
-        **vars(summary_of(task, root)), inputs=dict(inputs_of(task)), outputs=_outputs_of(task)
+        **vars(summary_of(task, root)),
+        inputs=dict(inputs_of(task)),
+        outputs=dict(_outputs_of(task)),
     )
 
 
@@ -271,7 +274,8 @@ def _binary(media: str) -> dict[str, Any]:
     }
 
 
-def _outputs_of(task: Runnable) -> dict[str, ProcessOutput]:
+@cache
+def _outputs_of(task: Runnable) -> Mapping[str, ProcessOutput]:
     found = {}
     for name, offers in _offers(task).items():
         kinds = [_kind(name, media) for media in offers]
@@ -624,7 +628,7 @@ def inputs_named(task: Runnable) -> Iterator[None]:
 
 
 def _named(task: Runnable, field: str) -> str:
-    if field.startswith("inputs"):
+    if field.startswith("inputs") or field == "body":
         return field
     field = re.sub(r"^items\b", "files", field)
     if task == "forecast":
@@ -655,6 +659,8 @@ def bbox_of(value: Any) -> Any:  # noqa: ANN401 - JSON
 
 def _value(name: str, value: object, known: ProcessInput) -> Any:  # noqa: ANN401 - JSON
     """A value in the form of the task's JSON bodies."""
+    if isinstance(value, JsonText):
+        return value
     field = f"inputs.{name}"
     if known.maxOccurs != 1:
         if isinstance(value, dict) and "href" in value:

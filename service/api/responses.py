@@ -5,24 +5,27 @@ result → file of the negotiated type + headers with the model, the stage times
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from anyio import to_thread
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from service.api.sending import CHUNK_BYTES, StoredFile
 from service.api.uploads import JSON
 from service.errors import PIMCError, StackWarning, warning_list
-from service.jobs.serialise import StoredResult, document_bytes
+from service.jobs.serialise import StoredResult, document_bytes, loaded
 from service.jobs.storage import RemoteFile
 from service.jobs.store import Job, JobStore, removed
 from service.run.execute import Result
 from service.run.executors import Timing
+from service.run.memory import Need
 from service.run.request import RasterRequest, TaskRequest
 from service.write.fields import write_csv, write_geoparquet
 from service.write.legend import SIDECAR, sidecar_of, style_of
@@ -37,6 +40,10 @@ CSV = "text/csv"
 PARQUET = "application/vnd.apache.parquet"
 MULTIPART = "multipart/related"
 FILE_TYPES = frozenset({COG, ZIP})
+Reserve = Callable[[Need], AbstractContextManager[None]]
+"""Reserves memory for the duration of a context."""
+_DOCUMENT_BYTES = 8
+"""Memory per byte of a result's document: its text, and its values as objects and as columns."""
 _SUFFIXES = {ZIP: ".zip", CSV: ".csv", PARQUET: ".parquet", GEOJSON: ".geojson"}
 # Proxies and clients limit the length of headers, so headers shorten warnings; JSON does not.
 _MAX_WARNINGS = 20
@@ -86,6 +93,20 @@ def make_response(result: Result, media: str, folder: Path) -> Response:
     return _derived(path, media, result)
 
 
+async def json_response(make: Callable[[], BaseModel], *, exclude_none: bool = False) -> Response:
+    """A response with a document that may be long, made in a thread and not on the event loop.
+
+    Args:
+        make: makes the document.
+        exclude_none: whether fields without a value are left out.
+    """
+
+    def text() -> str:
+        return make().model_dump_json(by_alias=True, exclude_none=exclude_none)
+
+    return Response(await to_thread.run_sync(text), media_type=JSON)
+
+
 def spooled(content: bytes, media: str, path: Path) -> Response:
     """A response from memory if it is short, otherwise from a file.
 
@@ -102,7 +123,9 @@ def spooled(content: bytes, media: str, path: Path) -> Response:
     return StoredFile(path, media_type=media)
 
 
-def stored_response(store: JobStore, job: Job, result: StoredResult, media: str) -> Response:
+def stored_response(
+    store: JobStore, job: Job, result: StoredResult, media: str, reserve: Reserve
+) -> Response:
     """The response for a job's result. Blocks while it makes a file, at the first request for it.
 
     Args:
@@ -110,6 +133,7 @@ def stored_response(store: JobStore, job: Job, result: StoredResult, media: str)
         job: a successful job.
         result: result of the job.
         media: the negotiated media type, one of `offers`.
+        reserve: reserves memory while a file is made.
 
     Raises:
         ResultNotReady: the result was removed.
@@ -125,7 +149,7 @@ def stored_response(store: JobStore, job: Job, result: StoredResult, media: str)
 
     def make(path: Path) -> None:
         with store.on_disk(job, result) as copy:
-            derive(copy, lambda: json.loads(copy.document.read_bytes()), media, path)
+            derive_stored(copy, media, path, reserve)
 
     return _derived(store.ready(job, name, make), media, result, missing=gone)
 
@@ -159,6 +183,31 @@ def derive(
         zip_files(files, path)
 
 
+def derive_stored(result: StoredResult, media: str, path: Path, reserve: Reserve) -> None:
+    """Make a stored result's zip, CSV, GeoParquet or GeoJSON.
+
+    Args:
+        result: the result, with its files on this machine.
+        media: media type of the file.
+        path: path of the file to write.
+        reserve: reserves memory while the file is made.
+
+    Raises:
+        Overloaded: runs hold the memory.
+    """
+    document = result.document
+    if not isinstance(document, Path):
+        raise TypeError("the document of the result is not on this machine")
+    size = _DOCUMENT_BYTES * document.stat().st_size if media in {CSV, PARQUET} else 0
+    need = Need(
+        arrays=size,
+        what="the JSON document of the result",
+        remedy="Request GeoJSON, which needs no memory",
+    )
+    with reserve(need):
+        derive(result, lambda: loaded(document.read_text("utf-8")), media, path)
+
+
 def on_this_machine(files: Mapping[str, Path | RemoteFile]) -> Mapping[str, Path]:
     """Files of a result that `JobStore.on_disk` has brought to this machine.
 
@@ -180,14 +229,17 @@ def write_geojson(result: Result | StoredResult, polygons: Path, path: Path) -> 
         path: path of the file to write.
     """
     files = on_this_machine(result.files)
-    document = {
+    about = {
         "type": "FeatureCollection",
-        "features": polygon_features(polygons, stored_crs(files["class"])),
         "model": result.model,
         "provider": result.provider,
         "warnings": warning_list(result.warnings),
     }
-    path.write_bytes(document_bytes(document))
+    with path.open("wb") as target:
+        target.write(document_bytes(about).removesuffix(b"}") + b',"features":[')
+        for number, one in enumerate(polygon_features(polygons, stored_crs(files["class"]))):
+            target.write((b"," if number else b"") + document_bytes(one))
+        target.write(b"]}")
 
 
 def _derived(

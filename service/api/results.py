@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -30,7 +30,9 @@ from service.api.responses import (
     GEOJSON,
     MULTIPART,
     PARQUET,
+    Reserve,
     derive,
+    derive_stored,
     derived_name,
     with_raster_headers,
 )
@@ -63,6 +65,8 @@ class Results:
     """Returns the result with its files on this machine."""
     boundary: str
     """Separates the parts of a multipart response; unpredictable when the inputs were sent."""
+    reserve: Reserve
+    """Reserves memory while a file is made."""
     here: str | None = None
     """Path of the job's results, for links; None for a run that is not a job."""
     missing: PIMCError | None = None
@@ -126,8 +130,10 @@ def _path(results: Results, output: Output) -> Path | RemoteFile:
 
     def make(path: Path) -> None:
         with results.on_disk() as copy:
-            document = _document_path(replace(results, result=copy))
-            derive(copy, lambda: json.loads(document.read_bytes()), output.media, path)
+            if isinstance(copy, StoredResult):
+                derive_stored(copy, output.media, path, results.reserve)
+            else:
+                derive(copy, lambda: copy.document, output.media, path)
 
     return results.ready(name, make)
 

@@ -1962,7 +1962,7 @@ def _rejection(faults: Faults, model: type[BaseModel]) -> InvalidRequest:
     return invalid_request(faults.errors, model.model_fields)
 
 
-_DOCUMENTS = frozenset({"fields", "labels", "stac", "inputs"})
+_DOCUMENTS = frozenset({"fields", "labels", "stac"})
 """Parameters whose values are documents, with limits of their own."""
 _SERIES_LIST = LongList(
     path=("series",),
@@ -1983,13 +1983,27 @@ _POINTS = LongList(
 )
 _ONE_POINT = f'{{"type": "FeatureCollection", "features": [{_POINTS.stand_in.decode()}]}}'
 _PLAIN = TypeAdapter(list[Any])
-_INPUT_LIST = LongList(path=("inputs", "series"), entries=_PLAIN, stand_in=b"null")
+_INPUT_LIST = LongList(
+    path=("inputs", "series"),
+    entries=_PLAIN,
+    stand_in=b"null",
+    # An entry may be a link or a value with its type; a backslash may spell their names.
+    parsed_unless=(b'"href"', b'"value"', b"\\"),
+)
+_INPUT_LISTS = (
+    _INPUT_LIST,
+    *(
+        LongList(path=path, entries=_PLAIN, stand_in=b"null", bounded=path[1] == "points")
+        for name in ("points", "fields", "stac")
+        for path in (("inputs", name, "features"), ("inputs", name, "value", "features"))
+    ),
+)
 
 
 def _long_lists(model: type[BaseModel]) -> tuple[LongList, ...]:
     """The lists of a JSON body that may have many entries."""
     if issubclass(model, Execute):
-        return (_INPUT_LIST,)
+        return _INPUT_LISTS
     if issubclass(model, HeadSeries):
         return (_LABELLED_LIST,)
     if issubclass(model, SeriesBody):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
+from typing import TypeVar
 
 import anyio
 from anyio import to_thread
@@ -25,6 +26,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.api.admission import FairSlots
 from service.errors import InvalidRange, Overloaded, PIMCError, shown
 from service.jobs.storage import Opened, RemoteFile, opened
 
@@ -33,6 +35,7 @@ HEAD_ONLY = "pimc.head_only"
 READERS = "pimc.readers"
 """Key of the ASGI scope: limiter of the threads that read files; None is that of all threads."""
 CHUNK_BYTES = 64 * 2**10
+_Made = TypeVar("_Made")
 _RETRY_SECONDS = 5
 _READERS = 16
 """Largest number of results that are read at once: a storage that hangs must not take the threads
@@ -240,8 +243,17 @@ class Downloads:
         self._open: Counter[str] = Counter()
         self.readers = anyio.CapacityLimiter(_READERS)
         """Limiter of the threads that read results."""
-        self.makers = anyio.CapacityLimiter(_MAKERS)
-        """Limiter of the threads that derive files; other requests need threads too."""
+        self._makers = FairSlots(_MAKERS)
+
+    async def made(self, caller: str, make: Callable[[], _Made]) -> _Made:
+        """Derive a file from a result in a thread, in turn: other requests need threads too.
+
+        Args:
+            caller: the caller's id, or the client's address without API keys.
+            make: makes the file, if it does not exist, and returns the response.
+        """
+        async with self._makers.slot(caller):
+            return await to_thread.run_sync(make)
 
     @contextmanager
     def slot(self, caller: str) -> Iterator[None]:

@@ -289,6 +289,42 @@ def document_bytes(document: Mapping[str, Any]) -> bytes:
 _ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
+def loaded(text: str) -> Any:  # noqa: ANN401 - JSON
+    """The value of a text that `json_parts` wrote, parsed in the same parts, for the same reason.
+
+    Args:
+        text: the text; with other white space, as of earlier releases, it is parsed at once.
+    """
+    try:
+        return _value_at(text, 0)[0]
+    except (ValueError, IndexError):
+        return json.loads(text)
+
+
+_DECODE = json.JSONDecoder().raw_decode
+
+
+def _value_at(text: str, at: int) -> tuple[Any, int]:
+    """The value that begins at a position, and the position after it."""
+    if text[at] == "{":
+        found: dict[str, Any] = {}
+        at += 1
+        while text[at] != "}":
+            name, at = _DECODE(text, at)
+            found[name], at = _value_at(text, at + 1)  # after the colon
+            at += text[at] == ","
+        return found, at + 1
+    if text.startswith(("[{", "[["), at):
+        items: list[Any] = []
+        at += 1
+        while text[at] != "]":
+            item, at = _DECODE(text, at)
+            items.append(item)
+            at += text[at] == ","
+        return items, at + 1
+    return _DECODE(text, at)
+
+
 def json_parts(value: object, encode: Callable[[object], str] = json.dumps) -> Iterator[str]:
     """A JSON text in parts: one per entry of an object, one per item of a list.
 

@@ -48,6 +48,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
+from weakref import WeakValueDictionary
 
 from service.errors import (
     BodyTooLarge,
@@ -83,6 +84,7 @@ from service.jobs.serialise import (
     StoredResult,
     document_bytes,
     json_parts,
+    loaded,
     outline_of,
     request_document,
     request_of,
@@ -103,6 +105,10 @@ DATABASE = "jobs.sqlite"
 _RESULT = "reply.json"  # as earlier releases named it, whose results stay readable
 _DOCUMENT = "document.json"
 _READY = "ready"
+_MOST_READY = 32
+"""Number of files derived from one result beyond which the earlier ones are removed."""
+_UNFINISHED = "half-"
+"""Begin of the name of such a file that is not finished."""
 INPUT = "input"
 """Name of the folder of a job's files, uploaded or fetched."""
 _RESULT_COPY = "result"
@@ -360,6 +366,8 @@ class JobStore:
         self.storage = FolderStorage(folder) if storage is None else storage
         self._next_look = time.monotonic() + _LOOK_SECONDS
         self._ready_locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._makers = WeakValueDictionary[str, threading.Lock]()  # by the key of a derived file
+        self._locking = threading.Lock()
         self._outlines: dict[str, Mapping[str, Any]] = {}  # in the order in which they were made
         self._outlining = threading.Lock()
         dialect = Sqlite(folder / DATABASE) if database_url is None else Postgres(database_url)
@@ -849,8 +857,8 @@ class JobStore:
         Raises:
             FileNotFoundError: the job's files are removed.
         """
-        document: Mapping[str, Any] = json.loads(self.storage.read(_key(job.id, REQUEST)))
-        return document
+        found: Mapping[str, Any] = loaded(self.storage.read(_key(job.id, REQUEST)).decode())
+        return found
 
     def result(self, job: Job) -> StoredResult:
         """A finished job's result.
@@ -921,28 +929,68 @@ class JobStore:
             ResultNotReady: the result was removed.
         """
         key = _key(job.id, _READY, name)
-        # Another replica may make the same file.
-        unfinished = f"half-{uuid.uuid4()}-{name}"
-        with self._ready_lock(job.id):
-            file = self.storage.file(key)
+        file = self.storage.file(key)
+        with self._making(key):
             if not file.exists():
-                # Nothing is made for a job whose files were removed.
-                if not self.storage.file(_key(job.id, result_name(job.lease), _RESULT)).exists():
-                    raise removed(job)
-                folder = self.folder(job) / _READY if self.storage.local else self._copies
-                path = folder / unfinished
-                try:
-                    folder.mkdir(exist_ok=True)
-                    make(path)
-                    self.storage.put(key, path)
-                except FileNotFoundError as error:
-                    raise removed(job) from error
-                finally:
-                    path.unlink(missing_ok=True)
+                self._make(job, key, make)
         return file
 
+    def _make(self, job: Job, key: str, make: Callable[[Path], object]) -> None:
+        """Make a file derived from a result, and keep it.
+
+        The job may be removed meanwhile: making a file may take a minute, and no removal waits.
+        """
+        result = self.storage.file(_key(job.id, result_name(job.lease), _RESULT))
+        folder = self.folder(job) / _READY if self.storage.local else self._copies
+        # Another replica may make the same file.
+        path = folder / f"{_UNFINISHED}{uuid.uuid4()}-{key.rpartition('/')[2]}"
+        try:
+            if result.exists():
+                folder.mkdir(exist_ok=True)
+                make(path)
+            with self._ready_lock(job.id):
+                if result.exists():
+                    self._keep_ready(job, key, path)
+                    return
+        except Exception:
+            if result.exists():
+                raise
+        finally:
+            path.unlink(missing_ok=True)
+        remove(self.folder(job))  # what was made after the removal
+        raise removed(job)
+
+    def _keep_ready(self, job: Job, key: str, path: Path) -> None:
+        """Keep a file derived from a result; it counts for the quota of the job's caller.
+
+        A client may have as many maps derived as `min_area` has values. If there are too many
+        files, the others are removed; they are made again when a client requests them.
+        """
+        ready = _key(job.id, _READY)
+        names = self.storage.names(ready)
+        unfinished = [name for name in names if name.startswith(_UNFINISHED)]
+        if len(names) - len(unfinished) >= _MOST_READY:
+            self.storage.keep_only(ready, *unfinished)
+        self.storage.put(key, path)
+        size = self.storage.size(
+            *(_key(job.id, n) for n in (result_name(job.lease), REQUEST)), ready
+        )
+        with self._db.transaction() as db:
+            db.execute(
+                "UPDATE jobs SET bytes = ? WHERE number = ? AND status = 'successful'",
+                (size, job.number),
+            )
+
+    @contextmanager
+    def _making(self, key: str) -> Iterator[None]:
+        """Hold the lock of one file derived from a result, so that it is made once."""
+        with self._locking:
+            lock = self._makers.setdefault(key, threading.Lock())
+        with lock:
+            yield
+
     def _ready_lock(self, name: str) -> threading.Lock:
-        """The lock under which files derived from a job's result are made and removed."""
+        """The lock under which files derived from a job's result are kept and removed."""
         return self._ready_locks[hash(name) % _LOCKS]
 
     def adopt(self, names: Mapping[str, str]) -> None:
@@ -1516,7 +1564,10 @@ class JobStore:
             if row is None or row["status"] in {"failed", "dismissed"}:
                 self.storage.remove(_key(name))
             elif row["status"] == "successful":
-                self.storage.keep_only(_key(name), result_name(row["lease"]), REQUEST)
+                self.storage.keep_only(_key(name), result_name(row["lease"]), REQUEST, _READY)
+                ready = self.storage.names(_key(name, _READY))
+                for half in (one for one in ready if one.startswith(_UNFINISHED)):
+                    self.storage.remove(_key(name, _READY, half))
 
     def _first_job(self, query: str, *values: object) -> Job | None:
         with self._db.read() as db:

@@ -14,14 +14,16 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from models.card import LegendClass
 from service.errors import InvalidRequest
 from service.grid import Window
 from service.infer.smooth import Floats, smoothed
 from service.run.clean import read_around
 from service.run.executors import check
+from service.run.memory import Need
 from service.run.windows import WINDOW_BYTES, windows
-from service.write.cog import RasterWriter, StoredRaster, open_stored
-from service.write.polygons import write_polygons
+from service.write.cog import RasterWriter, StoredRaster, finishing_bytes, open_stored
+from service.write.polygons import polygon_bytes, write_polygons
 from service.write.predictions import (
     NO_CLASS,
     POLYGONS,
@@ -29,9 +31,11 @@ from service.write.predictions import (
     classes_with_confidence,
     probabilities_of_bytes,
 )
-from service.write.sieve import sieved
+from service.write.sieve import sieve_bytes, sieved
 
 _COPIES = 4
+_PIXEL_BYTES = 12
+"""Memory per pixel: the class map as read, cleaned and as written, and its hectares in float64."""
 _BLOCK = (256, 256)
 
 
@@ -89,6 +93,35 @@ def check_derivable(
         )
 
 
+def derivation_need(files: Mapping[str, Path], cleaning: Cleaning, output: str) -> Need:
+    """The memory of `derive_map`.
+
+    Args:
+        files: files of the result by output name, checked with `check_derivable`.
+        cleaning: the requested cleaning.
+        output: `class` or `polygons`.
+    """
+    with open_stored(files["class"]) as raster:
+        grid, legend = raster.grid, raster.legend
+    pixels = grid.width * grid.height
+    steps = [finishing_bytes(_layer(legend), grid)]
+    if cleaning.smooth:
+        steps.append(WINDOW_BYTES)
+    if cleaning.min_area:
+        steps.append(sieve_bytes(pixels))
+    if output == POLYGONS:
+        steps.append(polygon_bytes(pixels))
+    return Need(
+        arrays=_PIXEL_BYTES * pixels + max(steps),
+        what=f"the class map of {pixels} pixels and its areas",
+        remedy="Run the job for a part of the raster (`bbox`)",
+    )
+
+
+def _layer(legend: tuple[LegendClass, ...]) -> Layer:
+    return Layer(name="class", bands=("class",), legend=legend)
+
+
 def derive_map(
     files: Mapping[str, Path],
     cleaning: Cleaning,
@@ -125,10 +158,9 @@ def derive_map(
             cleaning.min_area,
             check=lambda: check(cancelled),
         )
-    layer = Layer(name="class", bands=("class",), legend=legend)
     with TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name)
-        with RasterWriter(folder, grid, (layer,), tags) as writer:
+        with RasterWriter(folder, grid, (_layer(legend),), tags) as writer:
             writer.write(everything, {"class": classes[None]})
             finished = writer.finish()["class"]
         if output == POLYGONS:

@@ -10,7 +10,7 @@ their shared edge, and still share it after a projection to degrees.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ MAX_POLYGONS = 500_000
 _POLYGON_BYTES = 1500
 _DEGREES = CRS.from_epsg(4326)
 _ROWS = 256
+_FEATURES = 1000
+"""Number of polygons that are in memory as GeoJSON at once."""
 
 
 def polygon_bytes(pixels: int) -> int:
@@ -107,29 +109,33 @@ def write_polygons(
     return path
 
 
-def polygon_features(path: Path, crs: CRS) -> list[dict[str, Any]]:
+def polygon_features(path: Path, crs: CRS) -> Iterator[dict[str, Any]]:
     """The rows of a file of `write_polygons` as GeoJSON features, in degrees (EPSG:4326).
+
+    They are made in small batches: all at once, each would take some kilobytes of memory.
 
     Args:
         path: the file.
         crs: CRS of its polygons.
     """
-    rows = pyarrow.parquet.read_table(path).to_pylist()
-    shapes = np.asarray(shapely.from_wkb([row.pop("geometry") for row in rows]), np.object_)
 
     def project(places: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.stack(transformed(crs, _DEGREES, places[:, 0], places[:, 1]), axis=1)
 
-    projected = shapely.transform(shapes, project) if len(shapes) and crs != _DEGREES else shapes
-    return [
-        {
-            "type": "Feature",
-            "id": row.pop("id"),
-            "geometry": json.loads(shapely.to_geojson(shape)),
-            "properties": row,
-        }
-        for row, shape in zip(rows, projected, strict=True)
-    ]
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(_FEATURES):
+            rows = batch.to_pylist()
+            shapes = np.asarray(shapely.from_wkb([row.pop("geometry") for row in rows]), np.object_)
+            if crs != _DEGREES:
+                shapes = shapely.transform(shapes, project)
+            for row, shape in zip(rows, shapes, strict=True):
+                geometry = json.loads(shapely.to_geojson(shape))
+                yield {
+                    "type": "Feature",
+                    "id": row.pop("id"),
+                    "geometry": geometry,
+                    "properties": row,
+                }
 
 
 def stored_crs(raster: Path) -> CRS:

@@ -12,14 +12,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi import Path as InPath
 from starlette.responses import JSONResponse
 
-from service.api.admission import Admitted
+from service.api.admission import PATIENCE, Admitted
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder, root_of
 from service.api.disconnect import parse_body, run_watched, unless_gone
 from service.api.openapi import HEAD, HEAD_BODY, problems
-from service.api.responses import server_timing, warning_headers
+from service.api.responses import json_response, server_timing, warning_headers
 from service.api.routes.tasks import (
-    PATIENCE,
     check_query,
     parsed_json,
     part_of,
@@ -94,11 +93,12 @@ async def make_head(request: Request, app: App, folder: Folder, caller: Caller) 
     return response
 
 
-@router.get("/heads", responses=problems(["unauthorized"]))
-async def list_heads(app: App, caller: Caller) -> HeadList:
+@router.get("/heads", response_model=HeadList, responses=problems(["unauthorized"]))
+async def list_heads(app: App, caller: Caller) -> Response:
     """List the caller's own models."""
     own = app.engine.own(caller or "")
-    return HeadList(heads=[model.card for _, model in sorted(own.items())])
+    cards = [model.card for _, model in sorted(own.items())]
+    return await json_response(lambda: HeadList(heads=cards))
 
 
 @router.delete(
@@ -157,7 +157,7 @@ async def _read_request(
             request,
             partial(read_head_parameters, form.fields),
             size=form.text_size,
-            turns=app.admission.parsers,
+            turn=app.admission.parsers.slot(admitted.caller),
         )
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")

@@ -21,6 +21,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import AfterValidator, BeforeValidator, Field
 from starlette.responses import JSONResponse
 
+from service.api.admission import PATIENCE
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, READER, App, AppState, Caller, root_of
 from service.api.disconnect import run_watched
@@ -33,6 +34,7 @@ from service.api.responses import (
     GEOJSON,
     PARQUET,
     derived_file,
+    json_response,
     offers,
     on_this_machine,
     stored_response,
@@ -45,10 +47,10 @@ from service.errors import NotFound, ResultNotReady, shown
 from service.infer.smooth import MAX_RADIUS
 from service.jobs.callbacks import caller_secret, secret_text
 from service.jobs.outbox import Event
-from service.jobs.serialise import StoredResult
+from service.jobs.serialise import StoredResult, document_bytes
 from service.jobs.storage import RemoteFile
 from service.jobs.store import Job, JobFilter, JobStatus, JobStore, removed
-from service.run.derive import Cleaning, check_derivable, derive_map
+from service.run.derive import Cleaning, check_derivable, derivation_need, derive_map
 from service.run.request import RasterRequest
 from service.write.predictions import POLYGONS
 from service.write.stac_item import ITEM
@@ -112,7 +114,7 @@ async def list_jobs(
         _LISTED,
         Query(alias="maxDuration", description="only jobs that ran at most so many seconds"),
     ] = (),
-) -> JobList | Response:
+) -> Response:
     """List the caller's jobs, newest first; as STAC Items for `Accept: application/geo+json`."""
     since, until = moments(created) if created else (None, None)
     which = JobFilter(
@@ -137,16 +139,25 @@ async def list_jobs(
         links.append(_link(f"{here}?{further}", "next", "older jobs"))
     accept = request.headers.get("accept", "")
     if negotiate(accept, ("application/json", GEOJSON), lenient=True) == GEOJSON:
-        items = await to_thread.run_sync(_items, app, found, here)
         shown = [
             {**link.model_dump(exclude_none=True), "type": GEOJSON}
             for link in links
             if link.rel != "alternate"
         ]
         shown.append(_link(here, "alternate", "this list").model_dump(exclude_none=True))
-        document = {"type": "FeatureCollection", "features": items, "links": shown}
-        return JSONResponse(document, media_type=GEOJSON, headers={"Vary": "Accept"})
-    return JobList(jobs=[info(job, request) for job in found], links=links)
+
+        def items() -> Response:
+            features = _items(app, found, here)
+            document = {"type": "FeatureCollection", "features": features, "links": shown}
+            text = document_bytes(document)
+            return Response(text, media_type=GEOJSON, headers={"Vary": "Accept"})
+
+        return await app.downloads.made(share_of(caller, request.scope), items)
+
+    def jobs() -> JobList:
+        return JobList(jobs=[info(job, request) for job in found], links=links)
+
+    return await json_response(jobs, exclude_none=True)
 
 
 @router.get("/callbacks", responses=problems(["unauthorized", "not_found", "internal_error"]))
@@ -196,8 +207,8 @@ async def read_result(job_id: str, request: Request, app: App, caller: Caller) -
     stored = await to_thread.run_sync(app.jobs.outline, job, limiter=readers)
     media = negotiate(request.headers.get("accept", ""), offers(stored))
     result = await to_thread.run_sync(app.jobs.result, job, limiter=readers)
-    make = partial(stored_response, app.jobs, job, result, media)
-    return await to_thread.run_sync(make, limiter=app.downloads.makers)
+    make = partial(stored_response, app.jobs, job, result, media, app.reserve)
+    return await app.downloads.made(share_of(caller, request.scope), make)
 
 
 @router.get(
@@ -310,8 +321,8 @@ async def read_output(
         raise NotFound(f"job {job.id} has no output '{shown(output)}'; available: {available}")
     if output == POLYGONS:
         media = negotiate(request.headers.get("accept", ""), (PARQUET, GEOJSON), lenient=True)
-        make = partial(stored_response, app.jobs, job, result, media)
-        return await to_thread.run_sync(make, limiter=app.downloads.makers)
+        make = partial(stored_response, app.jobs, job, result, media, app.reserve)
+        return await app.downloads.made(share_of(caller, request.scope), make)
     return whole_file(result, output, missing=removed(job))
 
 
@@ -336,7 +347,9 @@ def _derived(
             files = on_this_machine(copy.files)
             most = app.settings.sync_max_pixels
             check_derivable(files, how, smoothed_by=smoothed_by, most_pixels=most)
-            derive_map(files, how, output, path, cancelled=cancelled)
+            need = derivation_need(files, how, output)
+            with app.budget.take(need, cancelled=cancelled, patience=PATIENCE):
+                derive_map(files, how, output, path, cancelled=cancelled)
 
     made = app.jobs.ready(job, name + suffix, make)
     if media != GEOJSON:

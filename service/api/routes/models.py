@@ -10,7 +10,7 @@ from models.card import Modality, ModelCard, Task
 from service.api.dependencies import KNOWN_CALLER, App, Caller, root_of
 from service.api.negotiation import negotiate
 from service.api.openapi import STAC_ITEM, problems
-from service.api.responses import GEOJSON
+from service.api.responses import GEOJSON, json_response
 from service.api.schemas import ModelList
 from service.errors import UnknownModel, shown
 from service.infer.engine import Engine
@@ -27,12 +27,12 @@ DEFAULTS: Mapping[str, tuple[Task, Modality]] = {
 router = APIRouter(tags=["models"], dependencies=[KNOWN_CALLER])
 
 
-@router.get("/models", responses=problems(["unauthorized"]))
-async def list_models(app: App, caller: Caller) -> ModelList:
+@router.get("/models", response_model=ModelList, responses=problems(["unauthorized"]))
+async def list_models(app: App, caller: Caller) -> Response:
     """List all models that the caller may use, and the default model of each task."""
     usable = {**app.engine.models, **app.engine.own(caller or "")}
     cards = [model.card for _, model in sorted(usable.items())]
-    return ModelList(models=cards, defaults=defaults(app.engine))
+    return await json_response(lambda: ModelList(models=cards, defaults=defaults(app.engine)))
 
 
 @router.get(

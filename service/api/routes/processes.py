@@ -6,6 +6,7 @@ page. An execution is converted to a request of the task and then served like ev
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from pydantic_core import from_json
 
 from models.card import Task
 from service.api.admission import Admitted
+from service.api.auth import share_of
 from service.api.dependencies import (
     KNOWN_CALLER,
     KNOWN_IF_PRIVATE,
@@ -32,6 +34,7 @@ from service.api.dependencies import (
     root_of,
 )
 from service.api.disconnect import check_connected, in_turn, parse_body, unless_gone
+from service.api.json_pieces import JsonText
 from service.api.openapi import EXECUTION, EXECUTION_BODY, RESULTS, problems
 from service.api.problems import problem
 from service.api.processes import (
@@ -170,7 +173,10 @@ async def execute_process(
             )
         body = await read_json(request, app.limits, admitted)
         execute, inputs = await parse_body(
-            request, partial(_parsed, task, body), size=len(body), turns=app.admission.parsers
+            request,
+            partial(_parsed, task, body),
+            size=len(body),
+            turn=app.admission.parsers.slot(admitted.caller),
         )
         fetch = _Inputs(request, app, folder, admitted, len(body))
         with inputs_named(task):
@@ -230,6 +236,7 @@ def _respond(
         result=result,
         ready=ready,
         on_disk=lambda: nullcontext(result),
+        reserve=app.reserve,
         boundary=f"pimc-{uuid.uuid4().hex}",
     )
     return results_response(results, delivery)
@@ -241,6 +248,7 @@ def _stored(app: AppState, request: Request, job: Job) -> Results:
         result=result,
         ready=partial(app.jobs.ready, job),
         on_disk=partial(app.jobs.on_disk, job, result),
+        reserve=app.reserve,
         boundary=f"pimc-{job.id}",
         here=f"{root_of(request)}/jobs/{job.id}/results",
         missing=removed(job),
@@ -262,7 +270,7 @@ async def read_results(job_id: str, request: Request, app: App, caller: Caller) 
         _finished, app, request, job, limiter=app.downloads.readers
     )
     make = partial(results_response, results, delivery)
-    return await to_thread.run_sync(make, limiter=app.downloads.makers)
+    return await app.downloads.made(share_of(caller, request.scope), make)
 
 
 @router.get(
@@ -284,7 +292,7 @@ async def read_results_output(
     for one in delivery.outputs:
         if one.name == output:
             make = partial(output_response, results, one)
-            return await to_thread.run_sync(make, limiter=app.downloads.makers)
+            return await app.downloads.made(share_of(caller, request.scope), make)
     there = ", ".join(one.name for one in delivery.outputs)
     raise NotFound(f"job {job.id} has no result '{shown(output)}'; available: {there}")
 
@@ -395,7 +403,8 @@ class _Inputs:
 
     async def in_turn(self, work: Callable[[], _Result], size: int) -> _Result:
         """See `disconnect.in_turn`."""
-        return await in_turn(work, size=size, turns=self.app.admission.parsers)
+        turn = self.app.admission.parsers.slot(self.admitted.caller)
+        return await in_turn(work, size=size, turn=turn)
 
     def _apart(self) -> Path:
         """A new folder, so that names of fetched files do not collide."""
@@ -441,14 +450,17 @@ def _references(values: Sequence[object]) -> list[int]:
 
 def _text(body: Mapping[str, Any]) -> bytes:
     """A body as JSON; its lists are emptied in pieces, because freeing all takes long at once."""
+    unparsed = {name: one.text for name, one in body.items() if isinstance(one, JsonText)}
     parts = []
-    for part in json_parts(body):
+    for part in json_parts({name: one for name, one in body.items() if name not in unparsed}):
         check_connected()
         parts.append(part)
     for value in body.values():
         while isinstance(value, list) and value:
             del value[-_FREED_AT_ONCE:]
-    return "".join(parts).encode()
+    entries = ["".join(parts).encode()[1:-1]]
+    entries += [json.dumps(name).encode() + b":" + text for name, text in unparsed.items()]
+    return b"{" + b",".join(filter(None, entries)) + b"}"
 
 
 async def _request_of(

@@ -9,13 +9,14 @@ from pathlib import Path
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
+from service.api.admission import PATIENCE
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
 from service.api.disconnect import run_watched
 from service.api.negotiation import negotiate
 from service.api.openapi import MEASURED, body
 from service.api.responses import CSV, GEOJSON, server_timing, spooled, warning_headers
-from service.api.routes.tasks import PATIENCE, check_query, read_request, run_slot
+from service.api.routes.tasks import check_query, read_request, run_slot
 from service.errors import InvalidRequest, NotReady
 from service.jobs.serialise import document_bytes
 from service.run.measured import Measured, measure

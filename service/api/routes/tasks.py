@@ -17,7 +17,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from models.card import Modality, Task
-from service.api.admission import Admitted
+from service.api.admission import PATIENCE, Admitted
 from service.api.auth import share_of
 from service.api.dependencies import (
     KNOWN_CALLER,
@@ -79,8 +79,6 @@ class ByReference(Protocol[_Read_co]):
         ...
 
 
-PATIENCE = 30.0
-"""Longest time for which a request that holds a run slot waits for memory, seconds."""
 router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response_class=Response)
 
 
@@ -517,7 +515,7 @@ async def read_request(
             request,
             partial(read_parameters, task, values),
             size=form.text_size,
-            turns=app.admission.parsers,
+            turn=app.admission.parsers.slot(admitted.caller),
         )
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
@@ -614,7 +612,8 @@ async def parsed_json(
             return None, found, None
         return None, None, series(text)
 
-    return await parse_body(request, parse, size=len(text), turns=app.admission.parsers)
+    turn = app.admission.parsers.slot(admitted.caller)
+    return await parse_body(request, parse, size=len(text), turn=turn)
 
 
 def part_of(stack: StackOptions) -> Place | None:
