@@ -170,6 +170,15 @@ def test_what_is_dark_in_the_near_infrared_is_not_suspected(
     assert codes(opened([field(tmp_path / "20210105.tif", levels=levels)])) == [], what
 
 
+def test_one_date_with_its_bands_swapped_is_named(tmp_path: Path) -> None:
+    files = [field(tmp_path / f"2021{n + 4:02d}05.tif") for n in range(6)]
+    swapped = opened([*files, field(tmp_path / "20210515.tif", levels=(0.04, 0.30, 0.06))])
+    (warning,) = found(swapped)
+    assert warning.code == "bands_suspected_swapped"
+    assert "'20210515.tif' (2021-05-15): red (B04) is far brighter" in warning.detail
+    assert codes(opened(files)) == []
+
+
 def test_imagery_without_near_infrared_is_not_judged_for_it(tmp_path: Path) -> None:
     file = field(tmp_path / "20210105.tif", levels=(0.04, 0.40, 0.06))
     assert codes(opened([file], bands=("B02", "B04"))) == []
@@ -247,16 +256,34 @@ def test_what_is_not_the_same_land_is_only_named(tmp_path: Path, how: dict) -> N
     assert offsets(stack) == [0] * 6
 
 
-@pytest.mark.parametrize(("darkest", "named"), [(0.13, True), (0.05, False)])
+@pytest.mark.parametrize(
+    ("darkest", "named"),
+    [((0.13, 0.13, 0.13), True), ((0.05, 0.05, 0.05), False), ((0.13, 0.13, 0.04), False)],
+)
 def test_a_single_date_that_may_hold_the_offset_is_named(
-    tmp_path: Path, darkest: float, named: bool
+    tmp_path: Path, darkest: tuple[float, ...], named: bool
 ) -> None:
     """Not the same land, but as dark as the offset allows: only darker pixels rule it out."""
     files = [
         land(tmp_path / f"2021{n + 4:02d}05.tif", seed=n == 3, add=0.1 * (n == 3)) for n in range(6)
     ]
-    with rasterio.open(files[3].path, "r+") as file:  # four pixels of 400, such as a shadow
-        file.write(np.full((3, 2, 2), darkest * 10_000, np.uint16), window=((0, 2), (0, 2)))
+    with rasterio.open(files[3].path, "r+") as file:  # four pixels of 400, a shadow or water
+        dark = np.asarray(darkest)[:, None, None] * np.full((3, 2, 2), 10_000)
+        file.write(dark.astype(np.uint16), window=((0, 2), (0, 2)))
+    stack = opened(files)
+    assert codes(stack) == ["baseline_offset_suspected"] * named
+    assert offsets(stack) == [0] * 6
+
+
+@pytest.mark.parametrize(("nir", "named"), [(0.15, True), (0.0, False)])
+def test_haze_over_the_offset_is_named_if_ndvi_returns(
+    tmp_path: Path, nir: float, named: bool
+) -> None:
+    """Blue and red 0.15 above other dates: with the offset, the near infrared is brighter too."""
+    files = [land(tmp_path / f"2021{n + 4:02d}05.tif") for n in range(6)]
+    with rasterio.open(files[3].path, "r+") as file:
+        more = np.array([0.15, 0.15, nir])[:, None, None] * 10_000
+        file.write((file.read() + more).astype(np.uint16))
     stack = opened(files)
     assert codes(stack) == ["baseline_offset_suspected"] * named
     assert offsets(stack) == [0] * 6

@@ -67,6 +67,11 @@ _USUAL_CONTRAST = np.array([0.31, 3.0])
 # 0, so that with the offset they lie close to 0.1 in both bands, which haze rarely makes them do.
 _GREEN_CONTRAST = np.array([0.1, 3.0])
 _AT_THE_OFFSET = 0.112
+# 0.1 in all bands lowers NDVI, which returns to that of dates near it if 0.1 is subtracted. Of no
+# real date without the offset does less than 0.55 of the difference remain. Such a date is named
+# also if haze lifts its dark end further than the offset does, up to this distance.
+_NDVI_RESTORED = 0.5
+_HAZY_TOLERANCE = 0.08
 # With the offset, the dark end of a date lies at least this far above that of dates near it.
 _LEAST_RISE = 0.05
 # Haze and thin clouds brighten some dates that have no offset. If a larger share of dates is
@@ -218,7 +223,7 @@ def calibrate(
             *_darker_than_land(sample, clear),
             *_like_landsat(sample, clear),
             *_other_units(sample, values),
-            *_swapped(sample, clear),
+            *_swapped(sample, values, clear),
         ]
     corrected = _with_planes(stack, sample)
     stated = _offsets_in_words(corrected, positions)
@@ -451,7 +456,8 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
     warnings: list[StackWarning] = []
     without = np.flatnonzero((dark < _NO_LONGER_DARK).any(axis=1)).tolist()
     rise = _rise(sample, dark, without)
-    above = _above_near(sample, rise, contrast, without)
+    left = _ndvi_left(sample, without)
+    above = _above_near(sample, rise, contrast, without, left)
     for late in (False, True):
         side = [t for t in ts if (_is_late(sample, t)) is late]
         known = [t for t in side if np.isfinite(dark[t]).all()]
@@ -476,7 +482,8 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             source = "the pixels: blue and red lie 0.1 above those of other dates"
             sample = sample.corrected(with_offset, _with_offset(source))
             raised = [t for t in others if t not in with_offset]
-        doubtful = [t for t in others if t not in with_offset and above[t] <= _DOUBTFUL_TOLERANCE]
+        limits = np.where(left <= _NDVI_RESTORED, _HAZY_TOLERANCE, _DOUBTFUL_TOLERANCE)
+        doubtful = [t for t in others if t not in with_offset and above[t] <= limits[t]]
         unlike_land = -BASELINE_OFFSET < median < _BRIGHT_IN_ITSELF
         all_raised = not low and not with_offset and (bool(raised) or unlike_land)
         few = 0 if with_offset else max(2, _SHARE_OF_RAISED * len(known))
@@ -559,6 +566,7 @@ def _above_near(
     rise: NDArray[np.float64],
     contrast: NDArray[np.float64],
     without: Sequence[int],
+    left: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """How far the dark end of each date is from 0.1 above that of dates near it, reflectance.
 
@@ -567,6 +575,7 @@ def _above_near(
         rise: how far the dark end of each date lies above that of dates near it (T, 2).
         contrast: interquartile range of the last dark band (T), NaN without enough pixels.
         without: positions of dates without the offset, on the sample's T axis.
+        left: what remains of NDVI's difference after 0.1 is subtracted (T), from `_ndvi_left`.
 
     Returns:
         (T) the larger distance of both bands; infinite where a pixel of the date is darker than
@@ -576,20 +585,59 @@ def _above_near(
     distance = np.full(len(values), np.inf)
     if not without or len(bands) < 2:  # in a single band, haze has the same effect as the offset
         return distance
-    for t, own in enumerate(values[:, bands]):
+    for t, own in enumerate(values):
         present = own[:, ~np.isnan(own).any(axis=0)]
         if not present.shape[1] or sample.valid[t].sum() < _CLEAR_ENOUGH * present.shape[1]:
             continue
         few = min(_DARKEST_PIXELS, present.shape[1]) - 1
         darkest = np.partition(present, few, axis=1)[:, few]
-        if (darkest < _BELOW_THE_OFFSET).any():
+        if (darkest < _BELOW_THE_OFFSET).any():  # in the near infrared, water and shadow
             continue
-        limits = _GREEN_CONTRAST if darkest.max() <= _AT_THE_OFFSET else _USUAL_CONTRAST
+        green = darkest[bands].max() <= _AT_THE_OFFSET
+        limits = _GREEN_CONTRAST if green or left[t] <= _NDVI_RESTORED else _USUAL_CONTRAST
         least, most = np.median(contrast[_near(sample, t, without)]) * limits
         if not least <= contrast[t] <= most:
             continue
         distance[t] = np.abs(rise[t] + BASELINE_OFFSET).max(initial=0)
     return np.where(np.isnan(distance), np.inf, distance)
+
+
+def _ndvi_left(sample: _Sample, without: Sequence[int]) -> NDArray[np.float64]:
+    """How far NDVI returns to that of the dates near each date if 0.1 is subtracted.
+
+    Args:
+        sample: the sample.
+        without: positions of dates without the offset, on the sample's T axis.
+
+    Returns:
+        (T) the share of NDVI's median difference from that of the medians by pixel over the dates
+        near it which is left after 0.1 is subtracted from all bands; NaN where it is not known.
+    """
+    values = sample.values()
+    found = np.full(len(values), np.nan)
+    if "B04" not in sample.bands or "B08" not in sample.bands:
+        return found
+    red, nir = sample.bands.index("B04"), sample.bands.index("B08")
+
+    def ndvi(of: Floats) -> Floats:
+        return np.asarray((of[nir] - of[red]) / (of[nir] + of[red]))
+
+    for t in sorted(set(range(len(values))) - set(without)):
+        near = _near(sample, t, without)
+        aligned = np.full((len(near), *values[t].shape), np.nan, np.float32)
+        for k, u in enumerate(near):
+            own, other = sample.shared(t, u)
+            aligned[k][:, own] = values[u][:, other]
+        seen = ~np.isnan(aligned[:, 0]).all(axis=0) if near else np.zeros(0, np.bool_)
+        if seen.sum() < _ALIKE_PIXELS:
+            continue
+        x, y = np.nanmedian(aligned[:, :, seen], axis=0), values[t][:, seen]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            before, after = (
+                np.nanmedian(np.abs(ndvi(one) - ndvi(x))) for one in (y, y + BASELINE_OFFSET)
+            )
+            found[t] = after / before
+    return found
 
 
 def _day_numbers(sample: _Sample) -> list[int]:
@@ -863,18 +911,37 @@ def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
         )
 
 
-def _swapped(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
-    """The warning that red is brighter than near infrared, which neither land nor water is."""
+def _swapped(sample: _Sample, values: Floats, clear: Floats) -> Iterator[StackWarning]:
+    """The warning that red is brighter than near infrared, which neither land nor water is.
+
+    All dates together, or the dates on which it is so if they are fewer.
+    """
     if not {"B04", "B08"} <= set(sample.bands):
         return
-    red, nir = (clear[:, sample.bands.index(name)] for name in ("B04", "B08"))
-    share = float(np.mean((red > _BRIGHT_RED) & (red > _RED_OVER_NIR * nir)))
+    at = [sample.bands.index(name) for name in ("B04", "B08")]
+    share = _share_swapped(*clear[:, at].T)
     if share > 0.5:
-        yield StackWarning(
-            code="bands_suspected_swapped",
-            detail=f"red (B04) is far brighter than near infrared (B08) in {share:.0%} of the "
-            "clear pixels sampled; check the order of the bands",
-        )
+        yield _swapped_on("", share, "")
+        return
+    shares = {
+        t: _share_swapped(*values[t][:, sample.valid[t]][at])
+        for t in range(len(values))
+        if sample.valid[t].sum() >= _FEWEST_CLEAR
+    }
+    if ts := [t for t, own in shares.items() if own > 0.5]:
+        yield _swapped_on(f"{sample.names(ts)}: ", min(shares[t] for t in ts), " of that date")
+
+
+def _share_swapped(red: Floats, nir: Floats) -> float:
+    return float(np.mean((red > _BRIGHT_RED) & (red > _RED_OVER_NIR * nir)))
+
+
+def _swapped_on(names: str, share: float, where: str) -> StackWarning:
+    return StackWarning(
+        code="bands_suspected_swapped",
+        detail=f"{names}red (B04) is far brighter than near infrared (B08) in {share:.0%} of the "
+        f"clear pixels sampled{where}; check the order of the bands",
+    )
 
 
 # Sampling ---------------------------------------------------------------------------------------
