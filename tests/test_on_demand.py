@@ -55,13 +55,16 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RangeServer]:
 
 @pytest.fixture(scope="module")
 def names(web: RangeServer) -> list[str]:
-    return stack(web.folder, web.folder / "tile.tif", 8)
+    return stack(web.folder, web.folder / "tile.tif", 3)
 
 
 @pytest.fixture(scope="module")
 def api(web: RangeServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     zoo = write_zoo(tmp_path_factory.mktemp("zoo"))
-    with served(model_dir=zoo, allowed_roots=(web.folder,), allowed_hosts="127.0.0.1") as client:
+    with served(
+        model_dir=zoo, allowed_roots=(web.folder,), allowed_hosts="127.0.0.1",
+        memory_budget=384 * 2**20,  # windows of two blocks, as of a stack of eight dates
+    ) as client:  # fmt: skip
         yield client
 
 
@@ -242,7 +245,7 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Range
     folder = tmp_path / "web"
     folder.mkdir()
     random = np.random.default_rng(7)
-    for month in range(1, 5):
+    for month in (1, 2):
         for band in BANDS:
             side, step = (300, 20) if request.param == "warped" and band == "B02" else (600, 10)
             profile: dict[str, Any] = {
