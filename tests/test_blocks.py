@@ -21,6 +21,7 @@ from service.read.blocks import FIRST_BYTES, RemoteFile, fetch_windows
 from service.read.connect import Connections, Remote
 from service.read.geotiff import SourceFile, gdal_options, open_geotiff, read_header
 from service.settings import HostRule, Settings
+from tests.kits.marks import in_all_tests
 from tests.kits.ranges import RangeServer, range_server
 from tests.kits.rasters import write
 
@@ -93,7 +94,8 @@ def fetched(
 
 @pytest.mark.parametrize("name", [*PLAIN, "masked", *COGS])
 @pytest.mark.parametrize(
-    "window", [Window(60, 70, 9, 8), Window(0, 0, 64, 64), Window(150, 201, 120, 109)]
+    "window",
+    [Window(60, 70, 9, 8), *in_all_tests(Window(0, 0, 64, 64), Window(150, 201, 120, 109))],
 )
 def test_a_window_of_a_part_is_that_of_the_whole(
     web: RangeServer, tmp_path: Path, name: str, window: Window

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pimc_client.cli import _bars, main
 from tests.kits.client import CARD, LEGEND, Reply, classes, serving, without_pauses, zipped
+from tests.kits.marks import in_all_tests
 
 ROOT = Path(__file__).parents[1]
 COG = {
@@ -249,7 +250,10 @@ def test_a_raster_in_a_folder_is_named_after_its_output(pimc, file, tmp_path):
     ("options", "body", "mime"),
     [
         ([], classes(), COG["Content-Type"]),
-        (["--output", "class,entropy"], zipped(class__tif=classes()), "application/zip"),
+        *in_all_tests(
+            (["--output", "class,entropy"], zipped(class__tif=classes()), "application/zip"),
+            names=True,
+        ),
     ],
 )
 def test_standard_output_holds_only_the_file(file, options, body, mime):

@@ -179,8 +179,11 @@ def test_forecasts_and_embeddings_of_fields_are_tables(kind):
     ("name", "hidden", "message"),
     [
         ("out.foo", "", "out.foo cannot be written, because '.foo' is not the suffix of a table: "),
-        ("out", "", "out cannot be written, because '' is not the suffix of a table"),
-        ("out.gpkg", "geopandas", "a table as .gpkg needs geopandas, which is not installed"),
+        *in_all_tests(
+            ("out", "", "out cannot be written, because '' is not the suffix of a table"),
+            ("out.gpkg", "geopandas", "a table as .gpkg needs geopandas, which is not installed"),
+            names=True,
+        ),
     ],
 )
 def test_a_table_that_cannot_be_written_is_named_before_anything_is_sent(

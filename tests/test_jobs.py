@@ -38,6 +38,7 @@ from tests.kits.jobs import (
     until,
     waited,
 )
+from tests.kits.marks import in_all_tests
 from tests.kits.patience import soon
 from tests.kits.rasters import write
 
@@ -133,15 +134,18 @@ def test_the_status_of_a_job_follows_ogc_processes(api: httpx.Client, files: Fil
     [
         ("classify-pixels", "", COG, {}),
         ("classify-pixels", "", ZIP, {"outputs": "class,confidence,probabilities"}),
-        ("classify-pixels", "application/zip", ZIP, {}),
-        ("classify-pixels", "application/json", "application/json", {"start": "2021-01-01"}),
-        ("classify-pixels", "", GEOJSON, {"points": json.dumps(POINTS)}),
-        ("forecast", "", COG, {"outputs": "q10,q90", "horizon": "2"}),
         ("forecast", "application/json", "application/json", {}),
         ("landcover", "", COG, {"stride": "3"}),
-        ("landcover", "application/json", "application/json", {"stride": "64"}),
-        ("embed", "", COG, {}),
-        ("embed", "", COG, {"modality": "patch", "stride": "16"}),
+        *in_all_tests(
+            ("classify-pixels", "application/zip", ZIP, {}),
+            ("classify-pixels", "application/json", "application/json", {"start": "2021-01-01"}),
+            ("classify-pixels", "", GEOJSON, {"points": json.dumps(POINTS)}),
+            ("forecast", "", COG, {"outputs": "q10,q90", "horizon": "2"}),
+            ("landcover", "application/json", "application/json", {"stride": "64"}),
+            ("embed", "", COG, {}),
+            ("embed", "", COG, {"modality": "patch", "stride": "16"}),
+            names=True,
+        ),
     ],
 )
 def test_the_result_of_a_job_equals_the_synchronous_response(

@@ -535,6 +535,7 @@ def test_json_in_a_form_stays_within_the_budget(service: Served, tmp_path: Path)
     assert grown < BUDGET // 2 + 64 * MIB, f"{grown / MIB:.0f} MiB"
 
 
+@pytest.mark.slow  # every allocation is traced
 def test_the_series_of_a_request_are_counted(tmp_path: Path) -> None:
     count, dates = 500, 6
     one = {"dates": [f"2021-{month:02}-05" for month in range(1, dates + 1)]}

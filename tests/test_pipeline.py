@@ -192,7 +192,7 @@ def test_classes_as_worked_out_by_hand(engine, scene, tmp_path):
     assert tags["PIMC_DATES"].split(",") == [day.isoformat() for day in DATES]
 
 
-@pytest.mark.parametrize("name", ["pixels-landcover", "forecast-vi", "embed-pixel"])
+@pytest.mark.parametrize("name", ["pixels-landcover", "embed-pixel", *in_all_tests("forecast-vi")])
 def test_windows_do_not_show(engine, scene, tmp_path, name):
     run = plan_raster(engine.models[name], scene.stack())
     complete, parts = tmp_path / "whole", tmp_path / "parts"
@@ -618,9 +618,12 @@ def test_a_fault_in_one_window_stops_the_run(engine, scene, tmp_path, monkeypatc
     ("name", "which", "after"),
     [
         ("pixels-landcover", "scene", 0.2),
-        ("landcover-eurosat", "imagery", 0.1),
         ("landcover-eurosat", "imagery", 0.4),
-        ("landcover-eurosat", "imagery", 0.85),
+        *in_all_tests(
+            ("landcover-eurosat", "imagery", 0.1),
+            ("landcover-eurosat", "imagery", 0.85),
+            names=True,
+        ),
     ],
 )
 def test_a_cancelled_run_leaves_nothing(engine, request, tmp_path, name, which, after):

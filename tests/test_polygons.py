@@ -31,6 +31,7 @@ from service.write.polygons import polygon_features, write_polygons
 from service.write.predictions import NO_CLASS
 from tests.kits.client import connected
 from tests.kits.jobs import waited
+from tests.kits.marks import in_all_tests
 from tests.kits.rasters import NORTH_UP, UTM, write
 
 H, W = 41, 53
@@ -55,7 +56,7 @@ def written(
     return geopandas.read_parquet(path), grid, path
 
 
-@pytest.mark.parametrize("rows", [5, 256])
+@pytest.mark.parametrize("rows", [5, *in_all_tests(256)])
 @pytest.mark.parametrize(("seed", "classes"), [(0, 2), (1, 3), (2, 4)])
 def test_polygons_are_the_map(
     tmp_path: Path, seed: int, classes: int, rows: int, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from service.read.blocks import FIRST_BYTES
 from service.read.connect import RangeCache, Remote
 from service.read.references import location_of
 from service.settings import Settings
+from tests.kits.marks import in_all_tests
 from tests.kits.ranges import RangeServer, range_server
 
 SIDE, BLOCK = 2048, 256
@@ -53,7 +54,9 @@ def mapped(api: httpx.Client, hrefs: list[str], **options: Any) -> bytes:
     return response.content
 
 
-@pytest.mark.parametrize("window", [Window(600, 530, 300, 300), Window(512, 768, 256, 512)])
+@pytest.mark.parametrize(
+    "window", [Window(600, 530, 300, 300), *in_all_tests(Window(512, 768, 256, 512))]
+)
 def test_a_part_reads_hardly_more_than_its_blocks(
     web: RangeServer, names: list[str], api: httpx.Client, window: Window
 ) -> None:

@@ -17,7 +17,7 @@ from tests.kits.patience import soon
 pytestmark = pytest.mark.slow
 
 ANNA, BEN = {"X-API-Key": "anna"}, {"X-API-Key": "ben"}
-LONG = 10
+LONG = 4
 """Long jobs of one caller."""
 
 
@@ -51,7 +51,7 @@ def statuses(backend: Backend) -> list[str]:
     return [status for (status,) in backend.rows("SELECT status FROM jobs ORDER BY number")]
 
 
-def test_a_short_job_begins_while_another_caller_has_ten_long_ones(
+def test_a_short_job_begins_while_another_caller_has_four_long_ones(
     zoo: Path, files: Files, backend: Backend, gate: Gate
 ) -> None:
     settings: dict[str, Any] = {"model_dir": zoo, "api_keys": ("anna", "ben"), **backend.settings}

@@ -17,6 +17,7 @@ from benchmarks.tiny_zoo import write_zoo
 from pimc_client import Client, PIMCError
 from service.api.middleware import LingeringCloseMiddleware
 from tests.kits.clock import JumpingClock
+from tests.kits.marks import in_all_tests
 from tests.kits.patience import PATIENCE
 from tests.kits.sockets import response_of
 
@@ -50,7 +51,7 @@ def chunks() -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize(("key", "status"), [("", 401), ("key", 413)])
-@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+@pytest.mark.parametrize("connection", ["keep-alive", *in_all_tests("close")])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_an_early_rejection_of_a_large_body_reaches_the_client(
     api: httpx.Client, large: Path, key: str, status: int, connection: str, chunked: bool

@@ -23,6 +23,7 @@ from service.run.memory import MemoryBudget
 from service.run.pixels import PixelStages
 from service.telemetry import Metrics
 from tests.kits.client import connected
+from tests.kits.marks import in_all_tests
 from tests.kits.metrics import metric
 from tests.kits.rasters import NORTH_UP, UTM, write
 
@@ -103,7 +104,7 @@ class Actual:
         monkeypatch.setattr(MemoryBudget, "_wait", wait)
 
 
-@pytest.mark.parametrize("task", ["classify-pixels", "forecast", "embed"])
+@pytest.mark.parametrize("task", ["classify-pixels", *in_all_tests("forecast", "embed")])
 @pytest.mark.parametrize("of", ["raster", "fields", "points"])
 def test_the_estimate_is_what_the_run_does(
     api: httpx.Client, stack: list[SourceFile], task: str, of: str, monkeypatch: pytest.MonkeyPatch

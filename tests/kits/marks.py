@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 
-def in_all_tests(*values: Any) -> list[Any]:
+def in_all_tests(*values: Any, names: bool = False) -> list[Any]:
     """Values of a parameter that only `make test` tries; one that `make check` tries stands first.
 
     Args:
         values: the further values; each is one parameter, also if it is a tuple.
+        names: whether each is a tuple of several parameters instead.
     """
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    cases = values if names else [(value,) for value in values]
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
