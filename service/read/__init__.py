@@ -1,6 +1,7 @@
 """GeoTIFFs to windows of reflectance: headers → stack → windows.
 
-files       containers (zips, metadata beside rasters), references (hrefs), stac_files
+files       containers (zips), metadata (XML and JSON beside rasters), references (hrefs),
+            stac_files
 headers     tiff_guard and jp2_guard (limits), geotiff (GDAL)
 meaning     sensors, band_names, dates, layouts → arrange (file of each band and date)
 numbers     reflectance (scale and offset as stated), radiometry (as the pixels show)

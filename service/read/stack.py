@@ -30,12 +30,6 @@ from service.errors import (
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
 from service.read.band_names import ALPHA
-from service.read.containers import (
-    ignored_offsets,
-    sort_files,
-    with_date_lists,
-    with_product,
-)
 from service.read.geotiff import (
     Driver,
     FileMemory,
@@ -47,6 +41,12 @@ from service.read.geotiff import (
 )
 from service.read.layouts import Layout, StackOptions
 from service.read.masks import ALPHA_RULE, Decoder, MaskRule, alpha
+from service.read.metadata import (
+    ignored_offsets,
+    sort_files,
+    with_date_lists,
+    with_product,
+)
 from service.read.placement import AS_IT_LIES, Place, Position, Resampling, place_files
 from service.read.reflectance import (
     BROWSER,
