@@ -150,6 +150,20 @@ def test_the_other_season_counts_little() -> None:
     assert (backtest(mixed).correction.factor < backtest(swapped).correction.factor / 1.5).all()
 
 
+def test_only_the_own_season_narrows_the_interval() -> None:
+    def factor(noise: float, *, own: bool) -> float:
+        found = hindcasts(days=360, noise=noise)
+        days_off = np.minimum(found.age, 365 - found.age)
+        kept = days_off < 60 if own else days_off > 120
+        chosen = Hindcasts(**{name: array[kept] for name, array in vars(found).items()})
+        return float(backtest(chosen).correction.factor.mean())
+
+    assert factor(0.03, own=True) < 0.7
+    assert factor(0.03, own=False) > 0.98
+    # Errors larger than the interval widen it, whatever their season.
+    assert factor(0.3, own=False) > 1.5
+
+
 def test_errors_are_judged_by_shares_fitted_without_them() -> None:
     # Pure noise: shares fitted on all of it would look better than persistence and the model.
     found = hindcasts(days=90, noise=0.2, pixels=2)

@@ -169,7 +169,7 @@ def backtest(found: Hindcasts) -> Backtest:
     median = _cross_fitted(found, known * blend_weight[:, None])
     scores = _scores(found, median)
     weights = known * interval_weight[:, None]
-    factor = _factors(scores, weights)
+    factor = _factors(scores, weights, known * (found.weight * season)[:, None])
     correction = Correction(shares=shares, share_alone=alone, factor=factor)
     # As for the scores: the median of a fit without the hindcast's own block.
     inside = scores <= factor[:, None]
@@ -202,12 +202,18 @@ def _scores(found: Hindcasts, median: Floats) -> Floats:
     return np.asarray(np.maximum((median - found.target) / below, (found.target - median) / above))
 
 
-def _factors(scores: Floats, weights: Floats) -> Floats:
+def _factors(scores: Floats, weights: Floats, own_season: Floats) -> Floats:
     """The conformal factor of each step (H), shrunk towards 1.
+
+    A factor above 1 is trusted by the evidence of all seasons. One below 1 is trusted by the
+    evidence of the forecast's own season alone, in which pooled steps, whose targets are mostly
+    those of the same dates, count as one: errors of winter are small, and an interval narrowed
+    by them covers too little of spring.
 
     Args:
         scores: (R, H, S).
         weights: of the hindcasts (R, H), 0 where the target is unknown.
+        own_season: their weights in which other seasons count nothing (R, H).
     """
     horizon = weights.shape[1]
     kernel = _alike(horizon)
@@ -221,6 +227,8 @@ def _factors(scores: Floats, weights: Floats) -> Floats:
         found = weighted_quantile(
             scores[there].ravel(), np.repeat(weight[there], scores.shape[-1]), _LEVEL
         )
+        if found < 1.0:
+            evidence = (own_season * kernel[h]).sum() / kernel[h].sum()
         trust = evidence / (evidence + _PRIOR)
         factors[h] = np.clip(found, *FACTORS) ** trust
     return factors
