@@ -1,7 +1,7 @@
 """The band of a forecast, calibrated by how far a pixel lies from the training data.
 
 Shapes: N pixels, R networks, D numbers of an embedding, H steps of a forecast, S spectral indices,
-Q quantiles.
+Q quantiles, K references, P directions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+REFERENCES, DIRECTIONS = 4096, 48
+"""K, and the largest P."""
+CLOSEST, FARTHEST = 0.9, 3.0
+"""Bounds of a relative distance."""
 _NARROWEST = 1e-3
 """Least half width of a band, index units, that the disagreement is compared with."""
 
@@ -16,28 +20,34 @@ _NARROWEST = 1e-3
 class ForecastBand(nn.Module):
     """Scales the distances of the outer quantiles from the median; by 1 until it is calibrated.
 
-    A network errs more in regions that it was not trained in, and its own band does not show it.
-    Two signs do: several networks disagree about such pixels (Lakshminarayanan et al. 2017, arXiv
-    1612.01474), and a linear classifier of the embedding distinguishes them from the series that
-    are like those of the validation places. The factor of a pixel is
+    A network errs more on series unlike those that it was trained on, and its own band does not
+    show it. Three signs do: several networks disagree about such pixels (Lakshminarayanan et al.
+    2017, arXiv 1612.01474), their embedding lies far from those of the training series (compare
+    Sun et al. 2022, arXiv 2204.06507), and a linear classifier of the embedding distinguishes them
+    from the series that are like those of the validation places. The factor of a pixel is
 
-        sqrt(1 + (disagreement * d)^2) * near^(1 - g) * far^g
+        sqrt(1 + (disagreement * d)^2) * r^power * near^(1 - g) * far^g
 
     where d is the standard deviation of the networks' medians, in half widths of the band, means
-    over steps and indices; g, 0 to 1, is the classifier's probability of another region.
+    over steps and indices; r is the distance of its embedding from the nearest of K references,
+    which are embeddings of training series, in median distances of the validation places; g, 0 to
+    1, is the classifier's probability of another region.
 
     Args:
         embedding: D.
-        horizon: H.
     """
 
-    def __init__(self, embedding: int, horizon: int) -> None:
+    def __init__(self, embedding: int) -> None:
         super().__init__()
+        directions = min(DIRECTIONS, embedding)
         self.register_buffer("disagreement", torch.zeros(()))
         self.register_buffer("weight", torch.zeros(embedding))
         self.register_buffer("bias", torch.zeros(()))
-        self.register_buffer("near", torch.ones(horizon, 2))
-        self.register_buffer("far", torch.ones(horizon, 2))
+        self.register_buffer("near", torch.ones(()))
+        self.register_buffer("far", torch.ones(()))
+        self.register_buffer("power", torch.zeros(()))
+        self.register_buffer("projection", torch.zeros(embedding, directions))
+        self.register_buffer("references", torch.zeros(REFERENCES, directions))
         self.register_load_state_dict_pre_hook(_not_calibrated)  # type: ignore[no-untyped-call]  # torch's own
 
     disagreement: Tensor
@@ -45,6 +55,9 @@ class ForecastBand(nn.Module):
     bias: Tensor
     near: Tensor
     far: Tensor
+    power: Tensor
+    projection: Tensor
+    references: Tensor
 
     def forward(self, outputs: Tensor, embedding: Tensor) -> Tensor:
         """Mean of the networks' quantiles, its outer quantiles scaled.
@@ -62,11 +75,21 @@ class ForecastBand(nn.Module):
         apart = self.disagreement * relative_disagreement(outputs)
         other = torch.sigmoid((embedding * self.weight).sum(dim=1) + self.bias)
         near, far = torch.log(self.near), torch.log(self.far)
-        factor = torch.exp(near + other[:, None, None] * (far - near))  # (N, H, 2)
-        factor = factor * torch.sqrt(1.0 + apart * apart)[:, None, None]
-        below = median + (quantiles[..., :middle] - median) * factor[:, :, None, :1]
-        above = median + (quantiles[..., middle + 1 :] - median) * factor[:, :, None, 1:]
+        distance = torch.log(self._squared_distance(embedding)) / 2.0
+        factor = torch.exp(near + other * (far - near) + self.power * distance)  # (N)
+        factor = (factor * torch.sqrt(1.0 + apart * apart))[:, None, None, None]
+        below = median + (quantiles[..., :middle] - median) * factor
+        above = median + (quantiles[..., middle + 1 :] - median) * factor
         return torch.cat([below, median, above], dim=-1)
+
+    def _squared_distance(self, embedding: Tensor) -> Tensor:
+        """Square of the relative distance (N) of embeddings (N, D), within its bounds."""
+        place = embedding @ self.projection.to(embedding.dtype)
+        references = self.references.to(embedding.dtype)
+        # The pixel's own square is the same for all references, so it is added to the least alone.
+        rest = (references * references).sum(dim=1) - 2.0 * (place @ references.T)
+        squared = rest.amin(dim=1) + (place * place).sum(dim=1)
+        return torch.clamp(squared, CLOSEST**2, FARTHEST**2)
 
 
 def relative_disagreement(outputs: Tensor) -> Tensor:
@@ -85,6 +108,11 @@ def relative_disagreement(outputs: Tensor) -> Tensor:
 
 
 def _not_calibrated(band: ForecastBand, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Set a calibration that changes nothing in the weights of earlier versions without one."""
-    for name, value in ForecastBand(len(band.weight), len(band.near)).state_dict().items():
-        state.setdefault(prefix + name, value)
+    """Set a calibration that changes nothing in the weights of earlier versions.
+
+    They have no calibration, or one of another shape; it is fitted after the weights are.
+    """
+    for name, value in ForecastBand(len(band.weight)).state_dict().items():
+        stored = state.get(prefix + name)
+        if stored is None or stored.shape != value.shape:
+            state[prefix + name] = value

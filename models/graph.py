@@ -80,11 +80,7 @@ class PixelGraph(nn.Module):
         self.encoder = encoder
         self.head = head
         self.others = nn.ModuleList(nn.ModuleList(pair) for pair in others)
-        self.band = (
-            ForecastBand(encoder.embedding, head.shape[0])
-            if isinstance(head, ForecastHead)
-            else None
-        )
+        self.band = ForecastBand(encoder.embedding) if isinstance(head, ForecastHead) else None
 
     sums: Tensor
 

@@ -7,20 +7,23 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 import rasterio.warp
 
-from benchmarks.backtests import forecasts, stacks
+from benchmarks.backtests import Scored, forecasts, stacks
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import HORIZON, SPREAD, STEP, write_zoo
-from models.registry import Registry
+from benchmarks.unseen_forecasts import _long, _wide, table, unseen
+from models.registry import Registry, load_bundle
 from service.infer.engine import Engine
 from service.jobs.serialise import request_document, request_of
 from service.learn.backtest import (
@@ -487,3 +490,58 @@ def test_the_band_covers_on_a_real_stack(shared_data: Path) -> None:
     with_backtest = coverage(np.concatenate([one.after for one in scored]))
     assert 0.75 <= without <= 0.85, "the bundle's own interval, calibrated on other regions"
     assert 0.75 <= with_backtest <= 0.85
+
+
+@pytest.mark.slow
+def test_the_bundle_was_not_trained_on_the_unseen_series(shared_data: Path) -> None:
+    card = load_bundle(Path(__file__).parents[1] / "models" / "zoo" / "forecast-vi").card
+    trained = {part.name for part in card.training_data}
+    assert not trained & {"bavaria_2018", "herault_safe_2018", "pune_2019"}
+    for name, groups in unseen(shared_data, None):
+        for pixels in groups:
+            assert list(pixels.dates) == sorted(set(pixels.dates)), name
+            assert pixels.values.shape[1:] == (len(pixels.dates), len(BANDS)), name
+            blue, _, near_infrared = np.nanmedian(pixels.values, axis=(0, 1))
+            assert 0.01 < blue < near_infrared < 0.6, name
+
+
+def test_composites_of_both_layouts_are_dated_to_the_middle_of_their_month(tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).integers(300, 3000, (2, 12, 3))
+    stored[1, 3] = 65535
+    months = [date(2016, 12, 1), *(date(2017, month, 1) for month in range(1, 12))]
+    expected = stored * 1e-4
+    expected[1, 3] = np.nan
+    wide = {f"OPTICAL-{band}-ts{t}-10m": stored[:, t, c] for t in range(12)
+            for c, band in enumerate(BANDS)}  # fmt: skip
+    pq.write_table(pa.table({"start_date": ["2016-12-01"] * 2, **wide}), tmp_path / "wide.parquet")
+    rows: dict[str, Any] = {"sample_id": ["a"] * 12 + ["b"] * 12,
+            "timestamp": [datetime(m.year, m.month, m.day) for m in months * 2]}  # fmt: skip
+    rows |= {f"S2-L2A-{band}": stored[..., c].ravel() for c, band in enumerate(BANDS)}
+    pq.write_table(pa.table(rows), tmp_path / "long.parquet")
+    for pixels in (_wide(tmp_path / "wide.parquet"), _long(tmp_path / "long.parquet")):
+        assert pixels.dates == tuple(month + timedelta(days=14) for month in months)
+        np.testing.assert_allclose(pixels.values, expected)
+
+
+def test_the_table_compares_bundles_on_the_targets_of_both() -> None:
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=(50, 4, 3))
+
+    def scored(error: float, half: float) -> list[Scored]:
+        median = target + error
+        quantiles = np.stack([median - half, median, median + half], axis=-1)
+        quantiles[: int(half * 10)] = np.nan  # each lacks other forecasts
+        still = target + 0.3
+        return [Scored(month=5, target=target, before=quantiles, after=quantiles,
+                       persistence=still, last_year=still, seconds=(0.0, 0.0))]  # fmt: skip
+
+    found = {"a place": [scored(0.1, 0.2), scored(0.3, 0.1)]}
+    lines = list(table(found, ["1.0.0", "2.0.0"]))
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    # 48 series of four steps; the first bundle is within its band, the second misses by 0.2.
+    assert cells[:3] == ["a place, all months", "192", "0.100"]
+    assert cells[3:7] == ["0.300", "0.300", "1.000", "0.000"]
+    assert cells[7:9] == ["0.400", "2.200"]
+    assert [line.split(" |")[0] for line in lines[3:]] == [
+        "| a place, April to September", "| a place, month 5"
+    ]  # fmt: skip

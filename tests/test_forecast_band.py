@@ -15,7 +15,7 @@ from models.band import ForecastBand, relative_disagreement
 from models.encoders import ChannelNorm, PixelEncoder
 from models.graph import PixelGraph
 from models.heads import ForecastHead
-from training.band import Band, Forecasts, apply_band, fit_band
+from training.band import Band, Forecasts, Nearness, apply_band, fit_band, fit_nearness
 from training.bundle_weights import NotUnfolded, load_folded
 from training.config import BANDS, INDICES, ZOO, Run, changed
 from training.datasets import PixelSet
@@ -48,13 +48,16 @@ class TestBand:
     def test_it_changes_nothing_until_it_is_calibrated(self) -> None:
         rng = np.random.default_rng(0)
         outputs = torch.from_numpy(outputs_of(rng))
-        band = ForecastBand(D, H)
+        band = ForecastBand(D)
         after = band(outputs, torch.from_numpy(rng.normal(size=(N, D))))
         torch.testing.assert_close(after, outputs.mean(dim=0))
 
     def test_the_graph_computes_what_the_calibration_computes(self) -> None:
         rng = np.random.default_rng(1)
         outputs, embedding = outputs_of(rng), rng.normal(size=(N, D))
+        nearness = fit_nearness([rng.normal(size=(500, D))], [rng.normal(size=(50, D))])
+        # Half of the pixels lie nearer than the closest that counts, or further than the farthest.
+        embedding *= np.repeat([0.5, 1.0, 1.5, 20.0], N // 4)[:, None]
         mean = outputs.mean(axis=0)
         apart = outputs[..., 1].std(axis=0).mean(axis=(1, 2))
         half = (mean[..., 2] - mean[..., 0]).mean(axis=(1, 2)) / 2
@@ -62,19 +65,21 @@ class TestBand:
             quantiles=mean,
             disagreement=apart / half,
             embedding=embedding,
+            distance=nearness.of(embedding),
             target=mean[..., 1],
             known=np.ones((N, H, S), bool),
         )
         calibrated = Band(
             weight=rng.normal(size=D).round(3),
             bias=0.25,
-            near=np.array([[0.9, 1.1]] * H),
-            far=rng.uniform(1.2, 2.0, (H, 2)).round(3),
+            near=0.9,
+            far=1.4,
         )
-        band = ForecastBand(D, H)
-        apply_band(band, calibrated.document())
+        band = ForecastBand(D)
+        apply_band(band, calibrated.document(), nearness)
         after = band(torch.from_numpy(outputs), torch.from_numpy(embedding)).numpy()
         np.testing.assert_allclose(after, calibrated.scaled(found), atol=1e-5)
+        assert len(np.unique(found.distance)) > N // 4
         np.testing.assert_allclose(after[..., 1], mean[..., 1])
         assert (np.diff(after, axis=-1) > 0).all()
 
@@ -91,7 +96,9 @@ class TestBand:
         assert (graph.band.far == 1).all()
 
 
-def forecasts(rng: np.random.Generator, domain: float, error: float, n: int = 1500) -> Forecasts:
+def forecasts(
+    rng: np.random.Generator, domain: float, error: float, n: int = 1500, distance: float = 1.0
+) -> Forecasts:
     """Forecasts whose band is right for an error of 0.1; `domain` moves the embedding."""
     median = rng.uniform(0.2, 0.8, (n, H, S))
     half = 0.1 * 1.2815516
@@ -99,6 +106,7 @@ def forecasts(rng: np.random.Generator, domain: float, error: float, n: int = 15
         quantiles=np.stack([median - half, median, median + half], axis=-1),
         disagreement=rng.uniform(0.05, 0.1, n) * error / 0.1,
         embedding=rng.normal(size=(n, D)) + domain * np.array([1.0] * 4 + [0.0] * (D - 4)),
+        distance=np.full(n, distance),
         target=median + rng.normal(0, error, median.shape),
         known=rng.random(median.shape) < 0.8,
     )
@@ -116,7 +124,7 @@ class TestFit:
         near = [forecasts(rng, -1.5, 0.1)]
         far = [forecasts(rng, 1.5, error) for error in (0.17, 0.2)]
         band = fit_band(near, far)
-        assert coverage(band, forecasts(rng, -1.5, 0.1)) == pytest.approx(0.8, abs=0.02)
+        assert coverage(band, forecasts(rng, -1.5, 0.1)) == pytest.approx(0.815, abs=0.02)
         # Wider than 0.8 by design: a further region differs from those fitted on.
         assert 0.78 < coverage(band, forecasts(rng, 1.5, 0.185)) < 0.88
         assert coverage(band, forecasts(rng, -1.5, 0.185)) < 0.7
@@ -128,6 +136,21 @@ class TestFit:
         widths = [np.ptp(band.scaled(found), axis=-1).mean() for found in (sure, unsure)]
         assert widths[1] > 1.1 * widths[0]
 
+    def test_series_unlike_the_training_series_have_a_wider_band(self) -> None:
+        rng = np.random.default_rng(4)
+        band = fit_band([forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2, distance=1.6)])
+        like, unlike = (forecasts(rng, 1.5, 0.2, distance=d) for d in (1.0, 1.6))
+        widths = [np.ptp(band.scaled(found), axis=-1).mean() for found in (like, unlike)]
+        assert widths[1] > 1.2 * widths[0]
+        assert 0.78 < coverage(band, unlike) < 0.86
+
+    def test_networks_with_a_narrower_band_have_larger_factors_elsewhere(self) -> None:
+        rng = np.random.default_rng(5)
+        near, far = [forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)]
+        plain, corrected = fit_band(near, far), fit_band(near, far, narrower=1.1)
+        assert corrected.far == pytest.approx(1.1 * plain.far)
+        assert corrected.near == plain.near
+
     def test_regions_have_the_same_weight_whatever_their_size(self) -> None:
         rng = np.random.default_rng(2)
         near, small = [forecasts(rng, -1.5, 0.1)], forecasts(rng, 1.5, 0.3, n=400)
@@ -135,6 +158,28 @@ class TestFit:
         thinned = Forecasts(**{name: value[:400] for name, value in vars(large).items()})
         both, alike = fit_band(near, [small, large]), fit_band(near, [small, thinned])
         assert both.far == pytest.approx(alike.far, rel=0.1)
+
+
+class TestNearness:
+    def test_series_like_those_of_training_are_nearer_than_others(self) -> None:
+        rng = np.random.default_rng(0)
+        training = [rng.normal(size=(2000, D)), rng.normal(3.0, 1.0, (200, D))]
+        nearness = fit_nearness(training, [rng.normal(size=(300, D))])
+        seen, other, unlike = (
+            np.median(nearness.of(rng.normal(centre, 1.0, (300, D)))) for centre in (0, 3, -4)
+        )
+        assert seen == pytest.approx(1.0, abs=0.1)
+        # A small region of the training counts as much as a large one.
+        assert other < 1.3
+        assert unlike > 1.5
+
+    def test_the_unit_of_other_networks_is_kept(self) -> None:
+        rng = np.random.default_rng(1)
+        training, near = [rng.normal(size=(800, D))], [rng.normal(size=(300, D))]
+        own = fit_nearness(training, near)
+        seen = fit_nearness([*training, *near], unit=2.0 * own.unit)
+        assert seen.unit == 2.0 * own.unit
+        assert np.median(seen.of(near[0])) < np.median(own.of(near[0]))
 
 
 def forecast_graph(width: int = 8) -> PixelGraph:
@@ -265,15 +310,22 @@ class TestRuns:
         _, task, graph, _ = load_finished(runs / "last")
         pune = tabulate([season("pune", "pune", 260)], task.config.window, least=6)
         made = _forecasts_from_every_month(task, graph, pune)
-        found = Forecasts(**{name: made[name] for name in Forecasts.__dataclass_fields__})
+        nearness = report.nearness
+        assert isinstance(nearness, Nearness)
+        names = set(Forecasts.__dataclass_fields__) - {"distance"}
+        distance = nearness.of(made["embedding"])
+        found = Forecasts(**{name: made[name] for name in names}, distance=distance)
         stored = dict(report.calibration["band"])
-        assert stored.pop("disagreement") == 10.0
-        band = Band(**{name: np.asarray(value) for name, value in stored.items()})
+        assert (stored.pop("disagreement"), stored.pop("power")) == (6.0, 0.5)
+        band = Band(**{**stored, "weight": np.asarray(stored["weight"])})
         assert report.regions["pune"]["coverage"] == pytest.approx(coverage(band, found), abs=2e-3)
         text = (runs / "results.md").read_text()
         assert f"| flanders | {flanders['n']} | {flanders['rmse']:.3f} |" in text
         assert f"| flanders | {beside['n']} | {beside['rmse']:.3f} |" in text
-        assert read_report(plan.folder) == report
+        again = read_report(plan.folder)
+        assert again == report
+        assert again.nearness is not None
+        np.testing.assert_array_equal(again.nearness.references, nearness.references)
 
     def test_the_validation_places_are_scored_by_the_run_that_did_not_see_them(
         self, runs: Path

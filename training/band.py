@@ -1,5 +1,6 @@
 """Calibration of a forecast's band across regions: see `models.band.ForecastBand`.
 
+embeddings of training series -> references -> distances
 forecasts on validation places and in regions not trained on -> classifier, factors -> band
 """
 
@@ -14,20 +15,79 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from models.band import ForecastBand
-from training.calibration import fit_spread
+from models.band import CLOSEST, DIRECTIONS, FARTHEST, REFERENCES, ForecastBand
 
 Floats = NDArray[np.floating[Any]]
-# Weight of the disagreement of the networks, and share of the targets beyond each outer quantile
-# in other regions: chosen on regions left out (docs/decisions/forecasts.md). A share below 0.1,
-# because a further region differs from all those that the factors are fitted on.
-_DISAGREEMENT = 10.0
-_FAR_TAIL = 0.08
-_NEAR_TAIL = 0.1
+# Weight of the disagreement of the networks, power of the distance, and shares of the targets
+# inside the band: chosen on regions left out (docs/decisions/forecasts.md). The shares are above
+# 0.8, because further places differ from all those that the factors are fitted on.
+_DISAGREEMENT = 6.0
+_POWER = 0.5
+_FAR_SHARE = 0.82
+_NEAR_SHARE = 0.815
 # Inverse strength of the classifier's penalty: strong, because it has to hold for other regions.
 _INVERSE_PENALTY = 0.003
 # Smallest standard deviation by which a number of the embedding is scaled.
 _LEAST_DEVIATION = 0.05
+_LEAST_FACTOR = 0.05
+_LEAST_WIDTH = 1e-6
+# Rows whose distances are computed at once.
+_BATCH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearness:
+    """How far an embedding lies from those of the training series of the same networks."""
+
+    projection: Floats
+    """(D, P), scaled so that the median distance of the validation places is 1."""
+    references: Floats
+    """Projected embeddings of training series (K, P)."""
+    unit: float
+    """The median distance of the validation places before it was set to 1."""
+
+    def of(self, embedding: Floats) -> Floats:
+        """Relative distances (N), within their bounds, of embeddings (N, D)."""
+        distances = _nearest(embedding @ self.projection, self.references)
+        return np.asarray(distances.clip(CLOSEST, FARTHEST))
+
+
+def fit_nearness(
+    parts: Sequence[Floats], near: Sequence[Floats] = (), *, unit: float | None = None
+) -> Nearness:
+    """Choose references among the training series; parts have the same weight.
+
+    Args:
+        parts: embeddings (N, D) of the training series of each region.
+        near: embeddings (N, D) of the validation places.
+        unit: `Nearness.unit` of networks of the same shape that did not see the validation places,
+            for networks that did; None takes it from `near`.
+    """
+    x = np.concatenate(parts).astype(np.float64)
+    share = np.concatenate([np.full(len(e), 1 / len(e) / len(parts)) for e in parts])
+    mean = share @ x
+    scale = np.sqrt(share @ np.square(x - mean)) + _LEAST_DEVIATION
+    scaled = (x - mean) / scale
+    _, directions = np.linalg.eigh((scaled * share[:, None]).T @ scaled)
+    projection = directions[:, ::-1][:, : min(DIRECTIONS, x.shape[1])] / scale[:, None]
+    rng = np.random.default_rng(0)
+    chosen = rng.choice(len(x), REFERENCES, replace=len(x) < REFERENCES, p=share)
+    references = x[chosen] @ projection
+    if unit is None:
+        distances = [_nearest(e @ projection, references) for e in near]
+        unit = float(np.median(np.concatenate(distances)))
+    return Nearness(projection=projection / unit, references=references / unit, unit=unit)
+
+
+def _nearest(places: Floats, references: Floats) -> Floats:
+    """Distance of each place (N, P) from the nearest reference (K, P)."""
+    own = np.square(references).sum(axis=1)
+    parts = []
+    for i in range(0, len(places), _BATCH):
+        part = places[i : i + _BATCH]
+        squared = (own - 2.0 * part @ references.T).min(axis=1) + np.square(part).sum(axis=1)
+        parts.append(np.sqrt(squared.clip(0.0)))
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,46 +100,56 @@ class Forecasts:
     """Relative disagreement of the networks (N)."""
     embedding: Floats
     """Embeddings of the first network (N, D)."""
+    distance: Floats
+    """Relative distance of each embedding from those of these networks' training series (N)."""
     target: Floats
     """(N, H, S), index units."""
     known: NDArray[np.bool_]
     """True where the target counts (N, H, S)."""
 
-    def widened(self) -> Floats:
-        """Quantiles scaled by the disagreement alone."""
-        factor = np.sqrt(1.0 + np.square(_DISAGREEMENT * self.disagreement))
-        median = self.quantiles[..., 1:2]
-        return np.asarray(median + (self.quantiles - median) * factor[:, None, None, None])
+    def widening(self) -> Floats:
+        """Factors by disagreement and distance alone (N)."""
+        apart = np.sqrt(1.0 + np.square(_DISAGREEMENT * self.disagreement))
+        return np.asarray(apart * self.distance**_POWER)
+
+    def ratios(self) -> Floats:
+        """Smallest factor on the widened band that holds each known target."""
+        factor = self.widening()[:, None, None]
+        median = self.quantiles[..., 1]
+        off = self.target - median
+        below = (median - self.quantiles[..., 0]) * factor
+        above = (self.quantiles[..., 2] - median) * factor
+        width = np.where(off < 0, below, above).clip(_LEAST_WIDTH)
+        return np.asarray((np.abs(off) / width)[self.known])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """The calibration of a `ForecastBand`."""
+    """The calibration of a `ForecastBand`, except its nearness."""
 
     weight: Floats
     """Weights of the classifier (D)."""
     bias: float
-    near: Floats
-    """Factors on the validation places' kind of series, below and above the median (H, 2)."""
-    far: Floats
-    """Factors in other regions (H, 2)."""
+    near: float
+    """Factor on the validation places' kind of series."""
+    far: float
+    """Factor on others."""
 
     def scaled(self, found: Forecasts) -> Floats:
         """Calibrated quantiles (N, H, S, 3): a plain reference for `ForecastBand`."""
         odds = found.embedding @ self.weight + self.bias
-        other = (1.0 / (1.0 + np.exp(-odds)))[:, None, None]
-        factor = self.near ** (1.0 - other) * self.far**other
-        factors = np.stack([factor[..., 0], np.ones(factor.shape[:2]), factor[..., 1]], axis=-1)
-        quantiles = found.widened()
-        median = quantiles[..., 1:2]
-        return np.asarray(median + (quantiles - median) * factors[:, :, None])
+        other = 1.0 / (1.0 + np.exp(-odds))
+        factor = self.near ** (1.0 - other) * self.far**other * found.widening()
+        median = found.quantiles[..., 1:2]
+        return np.asarray(median + (found.quantiles - median) * factor[:, None, None, None])
 
     def document(self) -> dict[str, Any]:
         """The calibration as JSON values."""
         return {
             "disagreement": _DISAGREEMENT,
-            "near": self.near.round(4).tolist(),
-            "far": self.far.round(4).tolist(),
+            "power": _POWER,
+            "near": round(self.near, 4),
+            "far": round(self.far, 4),
             "bias": round(self.bias, 6),
             "weight": self.weight.round(6).tolist(),
         }
@@ -91,6 +161,7 @@ def fit_band(
     others: Sequence[Floats] = (),
     *,
     embeddings: tuple[Sequence[Floats], Sequence[Floats]] | None = None,
+    narrower: float = 1.0,
 ) -> Band:
     """Fit classifier and factors; regions have the same weight, whatever their size.
 
@@ -101,6 +172,8 @@ def fit_band(
             classifier alone.
         embeddings: of the series of the validation places and of others (each N, D), by the
             networks that the band is for; None where the forecasts are theirs.
+        narrower: how much wider the own band of the networks that `far` is from is than that of
+            the networks that the band is for.
     """
     ours, theirs = embeddings or (
         [f.embedding for f in near],
@@ -118,13 +191,31 @@ def fit_band(
     return Band(
         weight=weight,
         bias=float(classifier.intercept_[0] - mean @ weight),
-        near=fit_spread([(f.widened(), f.target, f.known) for f in near], tail=_NEAR_TAIL),
-        far=fit_spread([(f.widened(), f.target, f.known) for f in far], tail=_FAR_TAIL),
+        near=_factor(near, _NEAR_SHARE),
+        far=_factor(far, _FAR_SHARE) * narrower,
     )
 
 
-def apply_band(band: ForecastBand, document: Mapping[str, Any]) -> None:
+def _factor(parts: Sequence[Forecasts], share: float) -> float:
+    """Factor whose band holds a share of the targets; parts have the same weight."""
+    ratios = [part.ratios() for part in parts]
+    weights = np.concatenate([np.full(len(r), 1 / max(len(r), 1)) for r in ratios])
+    joined = np.concatenate(ratios)
+    if not len(joined):
+        return 1.0
+    order = np.argsort(joined)
+    held = np.cumsum(weights[order]) / weights.sum()
+    place = min(int(np.searchsorted(held, share)), len(joined) - 1)
+    return max(float(joined[order][place]), _LEAST_FACTOR)
+
+
+def apply_band(band: ForecastBand, document: Mapping[str, Any], nearness: Nearness) -> None:
     """Write a calibration into a graph's band, in place."""
-    for name in ("disagreement", "weight", "bias", "near", "far"):
-        value = torch.as_tensor(document[name], dtype=torch.float32)
+    values = {
+        **document,
+        "projection": nearness.projection,
+        "references": nearness.references,
+    }
+    for name, _ in band.named_buffers():
+        value = torch.as_tensor(values[name], dtype=torch.float32)
         getattr(band, name).copy_(value)

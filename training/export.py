@@ -83,7 +83,7 @@ def export_run(
     fields["metrics"] |= _evaluations(folder, zoo / name, run)
     if regions is not None:
         report = read_report(regions)
-        apply_calibration(graph, report.calibration)
+        apply_calibration(graph, report)
         fields["regions"] = report.regions
         calibration = dict(report.calibration)
         if "band" in calibration:

@@ -87,7 +87,7 @@ def _with_band(folder: Path, card: ModelCard, report: Report, *, version: str, d
     run = run_of_card(card, data)
     task = task_of(run)
     graph = load_folded(task.graph(), load_bundle(folder).path("float32"))
-    apply_calibration(graph, report.calibration)
+    apply_calibration(graph, report)
     full = task.outputs(graph)
     fields = {
         **card.model_dump(),

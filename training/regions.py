@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from sklearn.ensemble import RandomForestClassifier
 from models.graph import PixelGraph
 from models.heads import ClassificationHead, ForecastHead
 from models.registry import load_bundle
-from training.band import Band, Forecasts, apply_band, fit_band
+from training.band import Band, Forecasts, Nearness, apply_band, fit_band, fit_nearness
 from training.bundle_weights import load_folded
 from training.calibration import (
     expected_calibration_error,
@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 REGIONS = "regions.json"
+_NEARNESS = "nearness.npz"
 WHOLE = "all-regions"
 """Folder of the run that leaves no region out; it scores regions that are never trained on."""
 BAND = (
@@ -71,6 +72,8 @@ _TREES = 200
 _RESAMPLES = 200
 # Number of pixels of a region whose forecasts are scored from each start.
 _PIXELS = 300
+# Number of the scored source's training series that a forecast's references are chosen from.
+_SCORED = 3000
 _YEAR = 365
 # Fewest regions on which a band is fitted: one is left out in turn.
 _FEWEST_REGIONS = 2
@@ -113,6 +116,8 @@ class Report:
     """The calibration fitted on all regions left out, for an export."""
     regions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Scores by region, for a card."""
+    nearness: Nearness | None = field(default=None, compare=False)
+    """References of a forecast's band, too large for a card; None without a band."""
 
 
 def evaluate_regions(plan: Plan) -> Report:
@@ -140,6 +145,8 @@ def _write(plan: Plan, report: Report, lines: Iterator[str]) -> None:
     """Write `regions.json` and the report's section."""
     document = {"calibration": report.calibration, "regions": report.regions}
     (plan.folder / REGIONS).write_text(json.dumps(document, indent=1))
+    if report.nearness is not None:
+        np.savez(plan.folder / _NEARNESS, **vars(report.nearness))
     title = f"{plan.run.config.name}: regions left out"
     write_section(plan.report, title, "\n".join([*lines, "", "```sh", plan.command, "```"]))
 
@@ -174,10 +181,11 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
             f"{_FEWEST_REGIONS} to be fitted and scored on: give further data sets"
         )
     networks = _Forecaster(task=task, graph=graph, folder=plan.folder)
-    far = {name: networks.monthly(name) for name in new}
-    kept = networks.never_trained_on(plan.run)
+    nearness = networks.nearness([task.table.regions[i] for i in sorted(seen)])
+    far = {name: _uncalibrated(networks.monthly(name), nearness) for name in new}
+    outputs = {**{n: networks.monthly(n) for n in new}, **networks.never_trained_on(plan.run)}
     others = [networks.monthly(name)["embedding"] for name in networks.others(new)]
-    report = _band_report({**far, **kept}, far, networks.near(), others)
+    report = _band_report(outputs, far, networks.near(), others, nearness)
     _write(plan, report, _forecast_lines(report.regions))
     return report
 
@@ -210,29 +218,38 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     if run.everything:
         _, before = _forecaster(run.pretrained[0].parent, plan.folder / "before")
     names = away_run.left_out
-    far = {name: away.monthly(name) for name in names}
+    there = {name: away.monthly(name) for name in names}
     others = [away.monthly(name)["embedding"] for name in away.others(names)]
-    scored = _band_report(far, far, away.near(), others).regions
+    distant = away.nearness(away.trained_on())
+    far = {name: _uncalibrated(own, distant) for name, own in there.items()}
+    scored = _band_report(there, far, away.near(), others, distant).regions
     regions = {name: dict(scores) for name, scores in scored.items()}
+    beside_own = before.nearness(before.trained_on())
+    # Networks that were trained on the validation places cannot state how far such places lie.
+    nearness = beside_own
+    if ours is not before:
+        nearness = ours.nearness(ours.trained_on(), unit=beside_own.unit)
+    near = [_uncalibrated(o, beside_own) for o in before.near()]
     band = fit_band(
-        [_uncalibrated(o) for o in before.near()],
-        [_uncalibrated(o) for o in far.values()],
+        near,
+        list(far.values()),
         embeddings=(
             [o["embedding"] for o in ours.near()],
             [ours.monthly(name)["embedding"] for name in (*names, *ours.others(names))],
         ),
+        narrower=_narrower(away, before, names),
     )
     for name, own in ours.never_trained_on(plan.run).items():
-        regions[name] = forecast_region(own, band.scaled(_uncalibrated(own)))
+        regions[name] = forecast_region(own, band.scaled(_uncalibrated(own, nearness)))
     for name in names:
         # Places that these networks did not see, in regions that they did; Victoria has none.
         held_out = before.held_out(name)
         if held_out is None:
             continue
-        beside = forecast_region(held_out, band.scaled(_uncalibrated(held_out)))
+        beside = forecast_region(held_out, band.scaled(_uncalibrated(held_out, beside_own)))
         regions[name] |= {"beside_training_places": {key: beside[key] for key in _BESIDE}}
     calibration = {
-        **_calibration(band, before.near()),
+        **_calibration(band, before.near(), beside_own),
         "note": (
             f"{BAND} {', '.join(names)}: `regions` has the scores of a run of the same "
             "configuration that left all of them out, each under the band fitted on the other "
@@ -240,7 +257,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
             "them."
         ),
     }
-    report = Report(calibration=calibration, regions=regions)
+    report = Report(calibration=calibration, regions=regions, nearness=nearness)
     _write(plan, report, _runs_lines(names, regions))
     return report
 
@@ -289,6 +306,28 @@ class _Forecaster:
             self._kept("validation-months", _forecasts_from_every_month, places),
         ]
 
+    def trained_on(self) -> list[str]:
+        """Regions of the run's training series."""
+        found = np.unique(self.task.train.region)
+        return [name for i, name in enumerate(self.task.train.regions) if i in found]
+
+    def nearness(self, regions: Sequence[str], unit: float | None = None) -> Nearness:
+        """How far an embedding lies from the training series of regions: see `fit_nearness`."""
+        near = [] if unit else [o["embedding"] for o in self.near()]
+        return fit_nearness(self._training(regions), near, unit=unit)
+
+    def _training(self, regions: Sequence[str]) -> list[Floats]:
+        """Embeddings of training series, from every month of each region and as scored."""
+        train = self.task.train
+        kept = [
+            self._kept(f"train-{name}", _forecasts_from_every_month, series)
+            for name in regions
+            if len(series := train.take(train.in_regions([name])))
+        ]
+        rows = np.random.default_rng(0).permutation(np.flatnonzero(self.task.scored))[:_SCORED]
+        scored = self._kept("train-scored", _from_the_scored_cut, train.take(np.sort(rows)))
+        return [o["embedding"] for o in (*kept, scored)]
+
     def others(self, names: Sequence[str]) -> list[str]:
         """Regions that are neither among `names` nor those of the scored source."""
         table = self.task.table
@@ -310,9 +349,10 @@ def _forecaster(run: Path, folder: Path) -> tuple[Run, _Forecaster]:
 
 def _band_report(
     outputs: Mapping[str, Outputs],
-    far: Mapping[str, Outputs],
+    far: Mapping[str, Forecasts],
     near: Sequence[Outputs],
     others: Sequence[Floats],
+    nearness: Nearness,
 ) -> Report:
     """Scores of each region under the band of the other ones, and the band of all.
 
@@ -321,38 +361,61 @@ def _band_report(
         far: those of them that a band may be fitted on.
         near: forecasts on the validation places.
         others: embeddings of further series.
+        nearness: of the networks.
     """
+    places = [_uncalibrated(o, nearness) for o in near]
 
     def fitted(names: Sequence[str]) -> Band:
-        return fit_band(
-            [_uncalibrated(o) for o in near], [_uncalibrated(far[n]) for n in names], others
-        )
+        return fit_band(places, [far[n] for n in names], others)
 
     regions = {}
     for name, own in outputs.items():
         band = fitted([n for n in far if n != name])
-        regions[name] = forecast_region(own, band.scaled(_uncalibrated(own)))
-    return Report(calibration=_calibration(fitted(list(far)), near), regions=regions)
+        regions[name] = forecast_region(own, band.scaled(_uncalibrated(own, nearness)))
+    calibration = _calibration(fitted(list(far)), near, nearness)
+    return Report(calibration=calibration, regions=regions, nearness=nearness)
 
 
-def _calibration(band: Band, near: Sequence[Outputs]) -> dict[str, Any]:
+def _narrower(wide: _Forecaster, narrow: _Forecaster, away: Sequence[str]) -> float:
+    """How much wider the own band of networks is than that of others, where both were trained.
+
+    The mean over the validation places and the places held out in regions other than those that
+    the first run left out (`away`).
+    """
+    pairs = [
+        *zip(wide.near(), narrow.near(), strict=True),
+        *((wide.held_out(name), narrow.held_out(name)) for name in wide.others(away)),
+    ]
+    ratios = [_half_width(a) / _half_width(b) for a, b in pairs if a and b]
+    return float(np.exp(np.mean(np.log(ratios))))
+
+
+def _half_width(own: Outputs) -> float:
+    """Mean half width of the networks' own band, index units."""
+    return float(np.ptp(own["quantiles"], axis=-1)[own["known"]].mean() / 2.0)
+
+
+def _calibration(band: Band, near: Sequence[Outputs], nearness: Nearness) -> dict[str, Any]:
     """A band, and its scores on forecasts of the validation places."""
     keys = ("n", "rmse", "coverage", "coverage_beside", "coverage_by_step")
-    validation = [forecast_region(o, band.scaled(_uncalibrated(o))) for o in near]
+    validation = [forecast_region(o, band.scaled(_uncalibrated(o, nearness))) for o in near]
     return {
         "band": band.document(),
         "validation_places": [{key: scores[key] for key in keys} for scores in validation],
     }
 
 
-def _uncalibrated(own: Outputs) -> Forecasts:
-    return Forecasts(**{name: own[name] for name in Forecasts.__dataclass_fields__})
+def _uncalibrated(own: Outputs, nearness: Nearness) -> Forecasts:
+    names = set(Forecasts.__dataclass_fields__) - {"distance"}
+    distance = nearness.of(own["embedding"])
+    return Forecasts(**{name: own[name] for name in names}, distance=distance)
 
 
-def apply_calibration(graph: Graph, calibration: Mapping[str, Any]) -> None:
+def apply_calibration(graph: Graph, report: Report) -> None:
     """Write a calibration across regions into a graph, in place."""
-    if "band" in calibration and isinstance(graph, PixelGraph) and graph.band is not None:
-        apply_band(graph.band, calibration["band"])
+    calibration = report.calibration
+    if report.nearness is not None and isinstance(graph, PixelGraph) and graph.band is not None:
+        apply_band(graph.band, calibration["band"], report.nearness)
     for head in graph.modules():
         if isinstance(head, ClassificationHead):
             head.temperature.fill_(calibration["temperature"])
@@ -369,7 +432,12 @@ def read_report(folder: Path) -> Report:
     path = folder / REGIONS
     if not path.is_file():
         raise NoRegions(f"{folder} holds no {REGIONS}: run `python -m training regions` first")
-    return Report(**json.loads(path.read_text()))
+    report = Report(**json.loads(path.read_text()))
+    if not (folder / _NEARNESS).is_file():
+        return report
+    with np.load(folder / _NEARNESS) as stored:
+        nearness = Nearness(**{**stored, "unit": float(stored["unit"])})
+    return replace(report, nearness=nearness)
 
 
 # Runs and their outputs -------------------------------------------------------------------------
