@@ -437,6 +437,18 @@ def test_missing_files_are_an_error(api: httpx.Client, files: Files, field: str)
     assert [error["field"] for error in body["errors"]] == [field]
 
 
+def test_an_empty_file_that_lies_beside_rasters_is_left_out(
+    api: httpx.Client, tmp_path: Path
+) -> None:
+    scene = write(tmp_path / "a.tif", np.full((3, 64, 64), 900, np.uint16),
+                  descriptions=("B02", "B03", "B04"))  # fmt: skip
+    files = [("files", ("a.tif", scene.path.read_bytes())), ("files", (".gitkeep", b""))]
+    answer = api.post("/landcover", files=files, headers={"Accept": "application/json"})
+    assert answer.status_code == 200
+    (warning,) = [one for one in answer.json()["warnings"] if one["code"] == "files_unused"]
+    assert "'.gitkeep'" in warning["detail"]
+
+
 TEXT = "x" * 20_000
 
 

@@ -440,3 +440,11 @@ def test_a_type_of_geojson_that_is_not_text_is_rejected(kind: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_items("classify-pixels", body, allowed=True)
     assert {error["field"] for error in caught.value.errors} >= {"area.type"}
+
+
+@pytest.mark.parametrize("kind", ["Point", "GeometryCollection", "Topology"])
+def test_an_area_that_is_not_a_polygon_is_named(kind: str) -> None:
+    feature = {"type": "Feature", "properties": {}, "geometry": {"type": kind, "coordinates": []}}
+    body = json.dumps({"items": [{"href": "a.tif"}], "area": feature}).encode()
+    with pytest.raises(InvalidRequest, match=rf"a GeoJSON {kind} is not a polygon: send a Polygon"):
+        read_items("classify-pixels", body, allowed=True)

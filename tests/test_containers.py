@@ -467,6 +467,8 @@ def dated(folder: Path) -> list[SourceFile]:
         ("S2_20210105.prj", b"PROJCS[]", "a georeference beside a raster"),
         ("S2_20210105.TFW", b"10\n", "a georeference beside a raster"),
         (".DS_Store", b"\0\0\0\1Bud1", "data of a file manager"),
+        (".gitkeep", b"", "data of a file manager"),
+        ("_SUCCESS", b"", "data of a file manager"),
         ("x/Thumbs.db", b"\xd0\xcf\x11\xe0", "data of a file manager"),
         ("SHA256SUMS", b"ab  S2.tif", "checksums"),
         ("S2_20210105.tif.md5", b"ab", "checksums"),

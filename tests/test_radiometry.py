@@ -170,6 +170,13 @@ def test_what_is_dark_in_the_near_infrared_is_not_suspected(
     assert codes(opened([field(tmp_path / "20210105.tif", levels=levels)])) == [], what
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_single_date_whose_dark_end_is_just_below_the_limit(tmp_path: Path) -> None:
+    """No other date is there to compare it with."""
+    even = write(tmp_path / "a.tif", np.full((3, 20, 20), 890, np.uint16), descriptions=BANDS)
+    assert codes(opened([even])) == []
+
+
 def test_one_date_with_its_bands_swapped_is_named(tmp_path: Path) -> None:
     files = [field(tmp_path / f"2021{n + 4:02d}05.tif") for n in range(6)]
     swapped = opened([*files, field(tmp_path / "20210515.tif", levels=(0.04, 0.30, 0.06))])

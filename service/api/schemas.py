@@ -357,6 +357,12 @@ class Area(_Loose):
                     "them to a MultiPolygon"
                 )
             value = features[0]
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        if isinstance(kind, str) and kind not in {"Polygon", "MultiPolygon"}:
+            raise ValueError(
+                f"a GeoJSON {shown(kind)} is not a polygon: send a Polygon, a MultiPolygon or a "
+                "Feature of one"
+            )
         return value
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from service.api.admission import Admitted
 from service.errors import BodyTooLarge, InvalidRequest, UnsupportedMedia, shown
 from service.json_memory import parsed_bytes
-from service.read.geotiff import SourceFile, label
+from service.read.geotiff import SourceFile, label, side_file
 
 FORM = "multipart/form-data"
 JSON = "application/json"
@@ -376,8 +376,8 @@ class _FormReader:
             self._fields.setdefault(part.name, []).append(_decoded(bytes(part.value)))
             return
         part.file.close()
-        if part.size == 0:
-            last = self._files[-1] if part.name == FILES else self._vectors[part.name]
+        last = self._files[-1] if part.name == FILES else self._vectors[part.name]
+        if part.size == 0 and (part.name != FILES or side_file(last) is None):
             raise InvalidRequest.of(
                 part.name, f"'{last.name}' is empty (0 bytes): export the file again"
             )

@@ -527,7 +527,7 @@ _META = "metadata in a form that is not read"
 _SIDE_FILES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (
-        (r"\.ds_store|(?:eh)?thumbs\.db|desktop\.ini|\.directory|\.git\w+", _MANAGER),
+        (r"\.[^_].*|(?:eh)?thumbs\.db|desktop\.ini|_success", _MANAGER),
         (r".*\.(?:qml|qmd|qlr|sld|lyrx?|clr|cpt|qgs|qgz|mxd|aprx|rmd|ipynb)", _STYLE),
         (r".*\.(?:prj|tfwx?|tifw|tiffw|j2w|jp2w|jgw|pgw|wld|hdr)", _PLACE),
         (r".*\.(?:ovr|rrd|aux)", "overviews or statistics beside a raster; the raster counts"),

@@ -439,7 +439,7 @@ def _part(grid: Grid, bounds: Bounds, field: str) -> Grid:
             field,
             f"({', '.join(f'{v:.6g}' for v in bounds)}) does not touch the files, which cover "
             f"({', '.join(f'{v:.6g}' for v in own)}; west, south, east, north in degrees): give a "
-            "part of the files",
+            "part of the files, longitude first",
         )
     if (left, top, right, bottom) == (0, 0, grid.width, grid.height):
         return grid

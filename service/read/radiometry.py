@@ -595,7 +595,10 @@ def _above_near(
             continue
         green = darkest[bands].max() <= _AT_THE_OFFSET
         limits = _GREEN_CONTRAST if green or left[t] <= _NDVI_RESTORED else _USUAL_CONTRAST
-        least, most = np.median(contrast[_near(sample, t, without)]) * limits
+        near = _near(sample, t, without)
+        if not near:
+            continue
+        least, most = np.median(contrast[near]) * limits
         if not least <= contrast[t] <= most:
             continue
         distance[t] = np.abs(rise[t] + BASELINE_OFFSET).max(initial=0)
