@@ -170,7 +170,7 @@ def test_what_is_dark_in_the_near_infrared_is_not_suspected(
     assert codes(opened([field(tmp_path / "20210105.tif", levels=levels)])) == [], what
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_single_date_whose_dark_end_is_just_below_the_limit(tmp_path: Path) -> None:
     """No other date is there to compare it with."""
     even = write(tmp_path / "a.tif", np.full((3, 20, 20), 890, np.uint16), descriptions=BANDS)
