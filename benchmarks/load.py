@@ -56,6 +56,8 @@ _TIMEOUT = 1800.0
 _BOUNDARY = "6f1e2b0c9d8a47e3b5c4f7a1d2e3c4b5"
 FORM = f"multipart/form-data; boundary={_BOUNDARY}"
 _PROBES = ("/health/live", "/health/ready", "/metrics")
+_NEW = "/health/live on a new connection"
+"""As most health checks are: the server must accept the connection first."""
 _DATES = 12
 _OVERLOADED = 503
 _DEAF_SECONDS = 10.0
@@ -582,7 +584,7 @@ def _probe(host: str, port: int, out: Connection) -> None:
     A server at 9 of 10 queue slots is not ready, which is no failure beside clients that send more
     than it can take; so these responses are counted.
     """
-    found: dict[str, list[float]] = {path: [] for path in _PROBES}
+    found: dict[str, list[float]] = {path: [] for path in (*_PROBES, _NEW)}
     unready = 0
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
     stopped = False
@@ -598,6 +600,11 @@ def _probe(host: str, port: int, out: Connection) -> None:
             elif response.status != 200:
                 out.send(f"{path} returned {response.status}")
                 return
+        begun = time.perf_counter()
+        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=_TIMEOUT)) as new:
+            new.request("GET", "/health/live")
+            new.getresponse().read()
+        found[_NEW].append(time.perf_counter() - begun)
         stopped = out.poll(0.03)
     out.send((found, unready))
 
