@@ -1,4 +1,4 @@
-"""The band of a forecast by how far a pixel lies from the training data, and a bundle's weights."""
+"""The band of a forecast by how far a pixel lies from the training data."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 from models.band import ForecastBand, relative_disagreement
-from models.encoders import ChannelNorm, PixelEncoder
+from models.encoders import PixelEncoder
 from models.graph import PixelGraph
 from models.heads import ForecastHead
 from training.band import Band, Forecasts, Nearness, apply_band, fit_band, fit_nearness
-from training.bundle_weights import NotUnfolded, load_folded
 from training.config import BANDS, INDICES, ZOO, Run, changed
 from training.datasets import PixelSet
 from training.finetune import finetune, load_finished
 from training.forecasting import SCORED_SOURCE
-from training.graph_export import folded
-from training.onnx_export import to_onnx
-from training.parity import pixel_inputs
 from training.regions import (
     NoRegions,
     Plan,
@@ -88,7 +83,14 @@ class TestBand:
         assert (relative_disagreement(outputs) == 0).all()
 
     def test_weights_of_an_earlier_version_are_not_calibrated(self) -> None:
-        graph = forecast_graph()
+        graph = PixelGraph(
+            bands=BANDS,
+            indices=INDICES,
+            steps=36,
+            step_days=10,
+            encoder=PixelEncoder(width=8, embedding=D, calendar=True),
+            head=ForecastHead(D, steps=36, indices=3, horizon=H, quantiles=3),
+        )
         state = {n: v for n, v in graph.state_dict().items() if not n.startswith("band.")}
         assert graph.band is not None
         graph.band.far.fill_(2.0)
@@ -180,59 +182,6 @@ class TestNearness:
         seen = fit_nearness([*training, *near], unit=2.0 * own.unit)
         assert seen.unit == 2.0 * own.unit
         assert np.median(seen.of(near[0])) < np.median(own.of(near[0]))
-
-
-def forecast_graph(width: int = 8) -> PixelGraph:
-    """Two networks whose normalisation has statistics of its own, as after training."""
-    torch.manual_seed(1)
-
-    def member() -> tuple[PixelEncoder, ForecastHead]:
-        encoder = PixelEncoder(width=width, embedding=D, calendar=True, bands=3, depths=(0, 1, 2))
-        return encoder, ForecastHead(D, steps=36, indices=3, horizon=H, quantiles=3)
-
-    (encoder, head), other = member(), member()
-    graph = PixelGraph(
-        bands=BANDS, indices=INDICES, steps=36, step_days=10, encoder=encoder, head=head,
-        others=[other], reflectance=True,
-    )  # fmt: skip
-    for norm in graph.modules():
-        if isinstance(norm, ChannelNorm):
-            torch.nn.init.normal_(norm.running_mean, std=0.5)
-            torch.nn.init.uniform_(norm.running_var, 0.5, 2.0)
-            torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)
-            torch.nn.init.normal_(norm.bias, std=0.3)
-    return graph.eval()
-
-
-@pytest.mark.slow
-class TestBundleWeights:
-    @pytest.fixture(scope="class")
-    def exported(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[PixelGraph, Path]:
-        graph, path = forecast_graph(), tmp_path_factory.mktemp("bundle") / "model.onnx"
-        inputs = pixel_inputs(graph, 3, 9)
-        given = [torch.from_numpy(x) for x in inputs.values()]
-        to_onnx(folded(graph), path, inputs=list(inputs), output="quantiles", example=given)
-        return graph, path
-
-    def test_the_graph_of_a_file_computes_what_was_exported(
-        self, exported: tuple[PixelGraph, Path]
-    ) -> None:
-        graph, path = exported
-        torch.manual_seed(7)
-        again = forecast_graph()
-        for weight in again.parameters():
-            torch.nn.init.normal_(weight)
-        again = load_folded(again, path)
-        given = [torch.from_numpy(x) for x in pixel_inputs(graph, 20, 30).values()]
-        with torch.no_grad():
-            torch.testing.assert_close(again(*given), graph(*given), atol=1e-4, rtol=0)
-            twice = folded(again)
-            torch.testing.assert_close(twice(*given), graph(*given), atol=1e-4, rtol=0)
-
-    def test_a_file_of_another_shape_is_named(self, exported: tuple[PixelGraph, Path]) -> None:
-        with pytest.raises(NotUnfolded, match=r"model\.onnx has no .* of the shape"):
-            load_folded(forecast_graph(width=12), exported[1])
-        assert onnx.load(exported[1]).graph.initializer
 
 
 def season(source: str, region: str, peak: int, n: int = 48, years: int = 2) -> PixelSet:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,25 +17,39 @@ from models.card import Precision
 from models.encoders import ChannelNorm, PatchEncoder, PixelEncoder
 from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead, ForecastHead
+from training.bundle_weights import NotUnfolded, load_folded
 from training.config import BANDS, INDICES
 from training.graph_export import FoldedEncoder, folded, quantise
 from training.onnx_export import to_onnx
-from training.parity import check_parity_int8, open_cpu, pixel_inputs
+from training.parity import (
+    ParityError,
+    check_parity,
+    check_parity_int8,
+    open_cpu,
+    pixel_inputs,
+)
 
 BATCH = 300
 
 
-def pixel_graph(members: int = 1, *, forecast: bool = False, **encoder: Any) -> PixelGraph:
+def pixel_graph(
+    members: int = 1,
+    *,
+    task: str = "classify",
+    yearly: bool = False,
+    clarity: float = 0.0,
+    **encoder: Any,
+) -> PixelGraph:
     """A graph whose normalisation has statistics of its own, as after training."""
     torch.manual_seed(1)
-    encoder = {"width": 16, "embedding": 32, "calendar": forecast, **encoder}
+    encoder = {"width": 16, "embedding": 32, "calendar": task == "forecast", **encoder}
 
-    def member() -> tuple[PixelEncoder, nn.Module]:
-        head = (
-            ForecastHead(32, steps=36, indices=3, horizon=4, quantiles=3)
-            if forecast
-            else ClassificationHead(32, 5)
-        )
+    def member() -> tuple[PixelEncoder, Any]:
+        head: nn.Module | None = None
+        if task == "classify":
+            head = ClassificationHead(32, 5)
+        elif task == "forecast":
+            head = ForecastHead(32, steps=36, indices=3, horizon=4, quantiles=3)
         return PixelEncoder(**encoder), head
 
     (first, head), *others = (member() for _ in range(members))
@@ -45,6 +61,8 @@ def pixel_graph(members: int = 1, *, forecast: bool = False, **encoder: Any) -> 
         encoder=first,
         head=head,
         others=others,
+        yearly=yearly,
+        clarity=clarity,
         reflectance=bool(encoder.get("bands")),
     )
     for norm in graph.modules():
@@ -80,7 +98,8 @@ def outputs_of(graph: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         {"depths": (0, 1, 2), "bands": 3},
         {"depths": (2, 0, 1)},
         {"members": 2, "bands": 3},
-        {"forecast": True},
+        {"task": "forecast"},
+        {"task": "embed"},
         {"plots": False},
         {"series": False},
         {"threshold": 0.5},
@@ -114,21 +133,109 @@ def test_imagery_has_nothing_to_fold() -> None:
         torch.testing.assert_close(folded(graph)(patches), graph(patches))
 
 
+# Each file is of a graph with several of the options, as an export takes seconds.
+
+
+def write(graph: PixelGraph, path: Path, precision: Precision = "float32") -> None:
+    inputs = pixel_inputs(graph, 3, 9)
+    example = [torch.from_numpy(array) for array in inputs.values()]
+    to_onnx(folded(graph, precision), path, inputs=list(inputs), output="out", example=example)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[PixelGraph, Path]:
-    """A graph of two networks, and its int8 file."""
-    graph = pixel_graph(members=2, bands=3, depths=(0, 1, 2))
-    inputs = pixel_inputs(graph, BATCH, 30)
+    """A graph of two networks, and its int8 file; beside that, `apart.onnx` before int8."""
+    graph = pixel_graph(members=2, bands=3, depths=(0, 1, 2), yearly=True, clarity=40.0)
     folder = tmp_path_factory.mktemp("int8")
-    to_onnx(
-        folded(graph, "int8"),
-        folder / "apart.onnx",
-        inputs=list(inputs),
-        output="probabilities",
-        example=[torch.from_numpy(array) for array in inputs.values()],
-    )
-    quantise(folder / "apart.onnx", folder / "int8.onnx", [inputs])
+    write(graph, folder / "apart.onnx", "int8")
+    quantise(folder / "apart.onnx", folder / "int8.onnx", [pixel_inputs(graph, BATCH, 30)])
     return graph, folder / "int8.onnx"
+
+
+def calibrated_forecast(width: int = 16) -> PixelGraph:
+    """Two networks, and a band that depends on the pixel."""
+    graph = pixel_graph(members=2, task="forecast", bands=3, depths=(0, 1, 2), width=width)
+    assert graph.band is not None
+    graph.band.weight.copy_(torch.linspace(-1, 1, 32))
+    graph.band.far.fill_(1.5)
+    graph.band.power.fill_(0.5)
+    nn.init.normal_(graph.band.projection, std=0.3)
+    nn.init.normal_(graph.band.references)
+    return graph
+
+
+@pytest.fixture(scope="module")
+def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[PixelGraph, Path]:
+    """A graph of forecasts and its file."""
+    graph, path = calibrated_forecast(), tmp_path_factory.mktemp("bundle") / "model.onnx"
+    write(graph, path)
+    return graph, path
+
+
+@pytest.fixture(scope="module")
+def crops(shared_data: Path) -> dict[str, Any]:
+    """Real pixels as a graph takes them."""
+    with np.load(shared_data / "crops_us_2021" / "crops_us_2021_dev.npz") as file:
+        raw = file["reflectance"][::64]
+        dates = [date.fromisoformat(d) for d in file["dates"]]
+        places = [list(file["bands"]).index(b) for b in BANDS]
+    return {
+        "values": (raw[..., places] / 10_000).astype(np.float32),
+        "valid": ~(raw == 0).all(-1),
+        "days": np.array([(d - date(2021, 1, 1)).days for d in dates], np.float32),
+        "day_of_year": np.full(len(raw), 274.0, np.float32),
+    }
+
+
+@pytest.mark.slow
+class TestFiles:
+    """Files predict what torch does, of other numbers of pixels and dates than the example has."""
+
+    def test_classes_of_dates_in_several_years(
+        self, small: tuple[PixelGraph, Path], crops: dict[str, Any]
+    ) -> None:
+        graph = copy.deepcopy(small[0])
+        round_plots(graph)  # as the file has them that int8 is made from
+        days = crops["days"] + 365.25 * (np.arange(len(crops["days"])) % 4)
+        for real in (crops, {**crops, "days": days.astype(np.float32)}):
+            check_parity(graph, small[1].with_name("apart.onnx"), real)
+
+    def test_forecasts(self, forecast: tuple[PixelGraph, Path], crops: dict[str, Any]) -> None:
+        graph, path = forecast
+        check_parity(graph, path, crops)
+        for name in ("far", "power"):  # what the band adds is in the file
+            other = copy.deepcopy(graph)
+            getattr(other.band, name).fill_(0.8)
+            with pytest.raises(ParityError):
+                check_parity(other, path, crops)
+
+    def test_embeddings(self, tmp_path: Path, crops: dict[str, Any]) -> None:
+        graph = pixel_graph(task="embed")
+        write(graph, tmp_path / "model.onnx")
+        check_parity(graph, tmp_path / "model.onnx", crops)
+
+
+@pytest.mark.slow
+class TestBundleWeights:
+    def test_the_graph_of_a_file_computes_what_was_exported(
+        self, forecast: tuple[PixelGraph, Path]
+    ) -> None:
+        graph, path = forecast
+        torch.manual_seed(7)
+        again = calibrated_forecast()
+        for weight in again.parameters():
+            nn.init.normal_(weight)
+        again = load_folded(again, path)
+        inputs = pixel_inputs(graph, 20, 30)
+        expected = outputs_of(graph, inputs)
+        torch.testing.assert_close(outputs_of(again, inputs), expected, atol=1e-4, rtol=0)
+        twice = outputs_of(folded(again), inputs)
+        torch.testing.assert_close(twice, expected, atol=1e-4, rtol=0)
+
+    def test_a_file_of_another_shape_is_named(self, forecast: tuple[PixelGraph, Path]) -> None:
+        with pytest.raises(NotUnfolded, match=r"model\.onnx has no .* of the shape"):
+            load_folded(calibrated_forecast(width=12), forecast[1])
+        assert onnx.load(forecast[1]).graph.initializer
 
 
 @pytest.mark.slow

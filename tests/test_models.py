@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import date, timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
@@ -283,77 +280,6 @@ class TestGraph:
         year_on = graph(values, valid, days, torch.full((2,), 366.25))
         assert (winter - summer).abs().max() > 1e-3
         torch.testing.assert_close(winter, year_on, atol=1e-4, rtol=0)
-
-
-def export(
-    graph: torch.nn.Module, path: Path, names: list[str], args: tuple[torch.Tensor, ...]
-) -> onnxruntime.InferenceSession:
-    from training.onnx_export import to_onnx
-
-    to_onnx(graph, path, inputs=names, output="out", example=args)
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-
-def romania_like(shared_data: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Real pixels of the crops data as a graph takes them."""
-    with np.load(shared_data / "crops_us_2021" / "crops_us_2021_dev.npz") as file:
-        raw = file["reflectance"][::64]
-        dates = [date.fromisoformat(d) for d in file["dates"]]
-        places = [list(file["bands"]).index(b) for b in BANDS]
-    valid = ~(raw == 0).all(-1)
-    values = (raw[..., places] / 10_000).astype(np.float32)
-    days = [(d - date(2021, 1, 1)) / timedelta(days=1) for d in dates]
-    return torch.tensor(values), torch.tensor(valid), torch.tensor(days, dtype=torch.float32)
-
-
-@pytest.mark.slow
-class TestOnnx:
-    """Each graph has several of the options: an export takes seconds."""
-
-    def graph(self, kind: str) -> PixelGraph:
-        if kind == "forecast":
-            head = ForecastHead(32, steps=36, indices=3, horizon=10, quantiles=3)
-            graph = pixel_graph(head, calendar=True)
-            assert graph.band is not None
-            graph.band.weight.copy_(torch.linspace(-1, 1, 32))
-            graph.band.far.fill_(1.5)
-            return graph
-        if kind == "embed":
-            return pixel_graph()
-        return class_graph(2, yearly=True, clarity=40.0, reflectance=True)
-
-    @pytest.mark.parametrize("kind", ["classify", "forecast", "embed"])
-    def test_pixel_graph_equals_torch(self, kind: str, tmp_path: Path, shared_data: Path) -> None:
-        graph = self.graph(kind)
-        names = ["values", "valid", "days"]
-        extra = [torch.full((3,), 100.0)] if kind == "forecast" else []
-        if extra:
-            names.append("day_of_year")
-        session = export(graph, tmp_path / "m.onnx", names, (*random_series(3, 7), *extra))
-        cases = [random_series(n, t, seed=n + t) for n, t in [(1, 1), (2, 40), (65, 118)]]
-        blind = random_series(4, 6)
-        blind[1][2] = False
-        cases += [blind, romania_like(shared_data)]
-        if kind == "classify":
-            values, valid, days = random_series(9, 30, seed=5)
-            cases.append((values, valid, days + 365.25 * (torch.arange(30) % 4)))
-        for values, valid, days in cases:
-            more = (torch.full((len(values),), 274.0),) if extra else ()
-            with torch.no_grad():
-                expected = graph(values, valid, days, *more).numpy()
-            feed = dict(zip(names, (values, valid, days, *more), strict=True))
-            got = session.run(None, {k: v.numpy() for k, v in feed.items()})[0]
-            np.testing.assert_allclose(got, expected, atol=1e-4)
-
-    def test_patch_graph_equals_torch(self, tmp_path: Path) -> None:
-        graph = patch_graph(stride=1, contrast=True, members=2, views=2)
-        session = export(graph, tmp_path / "m.onnx", ["patches"], (torch.rand(3, 3, 64, 64),))
-        for n in (1, 5):
-            patches = torch.rand(n, 3, 64, 64)
-            with torch.no_grad():
-                expected = graph(patches).numpy()
-            got = session.run(None, {"patches": patches.numpy()})[0]
-            np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 class TestWhatTheGridIsGiven:
