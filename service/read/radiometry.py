@@ -68,9 +68,9 @@ _USUAL_CONTRAST = np.array([0.31, 3.0])
 _GREEN_CONTRAST = np.array([0.1, 3.0])
 _AT_THE_OFFSET = 0.112
 # 0.1 in all bands lowers NDVI, which returns to that of dates near it if 0.1 is subtracted. Of no
-# real date without the offset does less than 0.55 of the difference remain. Such a date is named
+# real date without the offset does less than 0.45 of the difference remain. Such a date is named
 # also if haze lifts its dark end further than the offset does, up to this distance.
-_NDVI_RESTORED = 0.5
+_NDVI_RESTORED = 0.4
 _HAZY_TOLERANCE = 0.08
 # With the offset, the dark end of a date lies at least this far above that of dates near it.
 _LEAST_RISE = 0.05
