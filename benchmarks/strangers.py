@@ -120,9 +120,14 @@ def _job(service: Served, address: str, key: str, over: threading.Event) -> str 
     )
     try:
         while not over.is_set():
-            connection.request("POST", "/embed", body, headers)
-            response = connection.getresponse()
-            accepted = json.loads(response.read())
+            try:
+                connection.request("POST", "/embed", body, headers)
+                response = connection.getresponse()
+                accepted = json.loads(response.read())
+            except (OSError, http.client.HTTPException):  # ended, as the others need the uploads
+                connection.close()
+                time.sleep(0.2)
+                continue
             if response.status == HTTPStatus.ACCEPTED:
                 break
             time.sleep(float(response.headers["Retry-After"]))  # others use the run slots

@@ -18,6 +18,7 @@ import logging
 import math
 import resource
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,7 @@ class Connections:
         self._changed = changed
         self.given_up = given_up
         self._open: dict[BoundedProtocol, str] = {}
+        self._of_address: Counter[str] = Counter()
         self._idle: dict[BoundedProtocol, None] = {}  # in the order in which they became idle
 
     def enter(self, connection: BoundedProtocol, address: str) -> bool:
@@ -102,12 +104,12 @@ class Connections:
         Returns:
             Whether the connection is accepted.
         """
-        of_address = [one for one, client in self._open.items() if client == address]
-        if len(of_address) >= self._most_per_address and not self._make_room(set(of_address)):
+        if self._of_address[address] >= self._most_per_address and not self._make_room(address):
             return False
-        if len(self._open) >= self._most and not self._make_room(set(self._open)):
+        if len(self._open) >= self._most and not self._make_room():
             return False
         self._open[connection] = address
+        self._of_address[address] += 1
         self._idle[connection] = None
         self._changed(len(self._open))
         if self._next_check is None:
@@ -128,9 +130,14 @@ class Connections:
         if self._open:
             self._schedule_check()
 
-    def _make_room(self, among: set[BoundedProtocol]) -> bool:
-        """Close the connection of a set that has been idle longest; False if none is idle."""
-        oldest = next((one for one in self._idle if one in among), None)
+    def _make_room(self, address: str | None = None) -> bool:
+        """Close the connection that has been idle longest; False if none is idle.
+
+        Args:
+            address: whose connection is closed; None if that of any address may be closed.
+        """
+        of_these = (one for one in self._idle if address in {None, self._open[one]})
+        oldest = next(of_these, None)
         if oldest is None:
             return False
         self.leave(oldest)
@@ -150,7 +157,11 @@ class Connections:
     def leave(self, connection: BoundedProtocol) -> None:
         """Record that a connection is closed."""
         self._idle.pop(connection, None)
-        if self._open.pop(connection, None) is not None:
+        address = self._open.pop(connection, None)
+        if address is not None:
+            self._of_address[address] -= 1
+            if not self._of_address[address]:
+                del self._of_address[address]
             self._changed(len(self._open))
 
 
