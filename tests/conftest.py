@@ -30,14 +30,16 @@ ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 
 LONGEST = (
-    "test_explorer", "test_storage", "test_dask_files", "test_real_input", "test_docs_samples",
-    "test_stac", "test_training_landcover", "test_client_service", "test_dask", "test_load",
-    "test_on_demand", "test_memory", "test_models", "test_ogc", "test_training_finetune",
-    "test_training_ablation", "test_level2a", "test_jobs", "test_deploy", "test_openapi_fuzz",
-    "test_start", "test_jobs_resume", "test_jobs_process", "test_hostile", "test_threads",
-    "test_replicas", "test_heads", "test_downloads", "test_graph_export", "test_backtest",
-    "test_forecast_band", "test_fuzz", "test_pretrain", "test_training_regions", "test_blocks",
-    "test_pipeline", "test_validate", "test_clean_maps",
+    "test_explorer", "test_docs_samples", "test_openapi_fuzz", "test_training_landcover",
+    "test_training_ablation", "test_graph_export", "test_load", "test_dask_files", "test_memory",
+    "test_training_finetune", "test_level2a", "test_storage", "test_on_demand", "test_dask",
+    "test_stac", "test_qgis_plugin", "test_hostile", "test_start", "test_ogc_fuzz", "test_fuzz",
+    "test_client_service", "test_replicas", "test_pretrain", "test_threads",
+    "test_unreachable_hosts", "test_backtest", "test_turns", "test_vector_guard", "test_jobs_store",
+    "test_downloads", "test_json_fuzz", "test_real_input", "test_ogc", "test_jobs_process",
+    "test_jobs", "test_heads", "test_int8_scale", "test_embedding", "test_forecast_band",
+    "test_security_leaks", "test_stac_items", "test_jobs_resume", "test_pipeline", "test_deploy",
+    "test_keys", "test_descriptors", "test_training_regions",
 )  # fmt: skip
 """Files that take longest, in this order: of two processes neither is left with one at the end."""
 

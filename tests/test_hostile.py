@@ -59,7 +59,6 @@ from service.read.reader import StackReader
 from service.read.stac import georeference_of_asset
 from service.read.stack import Stack, open_stack
 from service.read.vectors import read_fields
-from tests.kits.client import Reply, serving
 from tests.kits.forks import ran
 from tests.kits.patience import PATIENCE
 from tests.kits.rasters import NORTH_UP, UTM, write
@@ -469,6 +468,14 @@ def test_no_name_in_a_file_leads_to_another_file(
 
 
 WKT = CRS.from_epsg(32631).to_wkt()
+_CLOSES_AT_ONCE = """
+import socket
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    listener.settimeout(60)
+    print(listener.getsockname()[1], flush=True)
+    listener.accept()[0].close()
+print("connected")
+"""
 
 
 @pytest.mark.parametrize(
@@ -480,11 +487,18 @@ def test_no_crs_leads_to_a_file_or_to_the_network(
 ) -> None:
     other = tmp_path / "other.wkt"
     other.write_text(WKT)
-    # rasterio reads the file, or connects; of a server that does not respond it waits for 10 s.
-    reads = False
-    with serving(lambda _: Reply(404)) as (url, received), suppress(CRSError):
-        reads = bool(CRS.from_user_input(form.format(port=url.rpartition(":")[2], path=other)))
-    assert reads or received
+    # rasterio reads the file, or connects. It waits for a response for 10 s and holds the GIL
+    # meanwhile, so that the server is another process.
+    program = [sys.executable, "-S", "-c", _CLOSES_AT_ONCE]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        port = server.stdout.readline().strip()
+        reads = False
+        with suppress(CRSError):
+            reads = bool(CRS.from_user_input(form.format(port=port, path=other)))
+        if reads:
+            server.kill()
+        assert reads or server.stdout.read() == "connected\n"
     crs = form.format(port=elsewhere.getsockname()[1], path=other)
     path = tmp_path / "a.tif"
     path.write_bytes(sound)

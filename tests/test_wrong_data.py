@@ -508,7 +508,7 @@ def test_ground_control_points_are_not_a_georeference(
             else:
                 file.update_tags(ns="RPC", LINE_OFF="1", SAMP_OFF="1")
         files.append(("files", (path.name, path.read_bytes())))
-    problem = refused(api.post("/embed", files=files), "no_georeference")
+    detail = refused(api.post("/embed", files=files), "no_georeference")
     if how == "gcps":
-        assert "has ground control points in place of a CRS" in problem["detail"]
-        assert "gdalwarp" in problem["detail"]
+        assert "has ground control points in place of a CRS" in detail
+        assert "gdalwarp" in detail

@@ -59,8 +59,8 @@ _NEARNESS = "nearness.npz"
 WHOLE = "all-regions"
 """Folder of the run that leaves no region out; it scores regions that are never trained on."""
 BAND = (
-    "The coverage in `evaluation` is that of the networks' own band. The band was calibrated "
-    "afterwards: `regions` has its coverage where the networks were not trained, "
+    "The coverage in `evaluation` is that of the networks' own interval, which was "
+    "calibrated afterwards: `regions` has its coverage where the networks were not trained, "
     "`training.calibration.validation_places` that on the validation places, before "
     "(`coverage_beside`) and after."
 )
@@ -194,7 +194,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     """Calibrate forecasts that were trained on all regions; write section and `regions.json`.
 
     Their errors where they were not trained are taken from a run of the same configuration that
-    left several regions out. Each of these is scored by that run, under the band fitted on the
+    left several regions out. Each of these is scored by that run, under the interval fitted on the
     other ones. The band's factors are fitted on all of them, its classifier on the embeddings of
     the networks that the band is for.
 
@@ -252,7 +252,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
         **_calibration(band, before.near(), beside_own),
         "note": (
             f"{BAND} {', '.join(names)}: `regions` has the scores of a run of the same "
-            "configuration that left all of them out, each under the band fitted on the other "
+            "configuration that left all of them out, each under the interval fitted on the other "
             "ones; `beside_training_places` has those of the networks trained on other places of "
             "them."
         ),
@@ -391,7 +391,7 @@ def _narrower(wide: _Forecaster, narrow: _Forecaster, away: Sequence[str]) -> fl
 
 
 def _half_width(own: Outputs) -> float:
-    """Mean half width of the networks' own band, index units."""
+    """Mean half width of the networks' own interval, index units."""
     return float(np.ptp(own["quantiles"], axis=-1)[own["known"]].mean() / 2.0)
 
 
@@ -912,9 +912,9 @@ def _forecast_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield (
         f"{', '.join(names)}: scored by a run of the same configuration that left all of them out "
-        "of training, each under the band fitted on the other ones. The other rows are of the "
-        "bundle's networks and its band. Forecasts start on the first day of every month that the "
-        "series allow; targets are the clear observations as they are. RMSE is the mean of the "
+        "of training, each under the interval fitted on the other ones. The other rows are of the "
+        "bundle's networks and its interval. Forecasts start on the first day of every month that "
+        "the series allow; targets are the clear observations as they are. RMSE is the mean of the "
         "RMSE of NDVI, EVI and SAVI. Last year is the clear date nearest to the day one year "
         "before, within ten days, if there is one; `where last year is known` is our RMSE on the "
         "same targets. One seed."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -17,9 +18,13 @@ import pytest
 import torch
 from onnx.numpy_helper import from_array, to_array
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from training import export
 from training.onnx_export import to_onnx
+
+# Each export lists the operators that torch can translate anew, which takes a second.
+ONNXRegistry.from_torchlib = functools.cache(ONNXRegistry.from_torchlib)  # type: ignore[method-assign]
 
 
 def folder_of_run(factory: pytest.TempPathFactory) -> Path:
