@@ -1,17 +1,13 @@
-"""CPUs: their number under control groups of both versions, and the priority of threads."""
+"""Number of usable CPUs under control groups of both versions, as files in their layout."""
 
 from __future__ import annotations
 
 import os
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from service.infer.cpus import lower_priority, multiplies_int8, usable_cpus
-from service.run.executors import ThreadExecutor
+from service.infer.cpus import multiplies_int8, usable_cpus
 
 
 @pytest.fixture(autouse=True)
@@ -90,27 +86,3 @@ def test_products_of_int8_are_for_cpus_that_have_instructions_for_them(tmp_path,
 
 def test_without_a_description_of_the_cpus_there_is_no_int8(tmp_path):
     assert not multiplies_int8(tmp_path / "none")
-
-
-def own_nice() -> int:
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_threads_that_compute_have_a_lower_priority_than_the_others() -> None:
-    seen: dict[str, int] = {}
-
-    def noted(stage: str) -> None:
-        seen[stage] = own_nice()
-
-    before = own_nice()
-    ThreadExecutor().run(
-        [1],
-        read=lambda _: noted("read"),
-        infer=lambda _: noted("infer"),
-        write=lambda *_: noted("write"),
-    )
-    assert seen == dict.fromkeys(("read", "infer", "write"), min(19, before + 10))
-    with ThreadPoolExecutor(1, initializer=lower_priority) as pool:
-        assert pool.submit(own_nice).result() == min(19, before + 10)
-    assert own_nice() == before

@@ -1,35 +1,16 @@
-"""CPUs: how many this process may use, their int8 instructions, and the priority of threads."""
+"""CPU detection: the CPUs that this process may use, and their int8 instructions."""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
-import sys
-import threading
 from pathlib import Path
 
 from service.container import CGROUP_ROOT, PROCESS_CGROUPS, cpu_quotas
 
 # Linux's names for the VNNI of AVX-512 and of AVX, and for AMX.
 _INT8_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
-
-_LOWER_BY = 10
-"""Steps of Linux's priorities (nice values) between threads that compute and the event loop."""
-_LOWEST = 19
-
-
-def lower_priority() -> None:
-    """Lower the priority of the calling thread, so that the event loop does not wait for it.
-
-    With as many computing threads as CPUs, the event loop would otherwise wait for a CPU at each of
-    its turns, and with it every request. On systems other than Linux, priorities are those of
-    processes, and nothing changes.
-    """
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        nice = os.getpriority(os.PRIO_PROCESS, thread)
-        os.setpriority(os.PRIO_PROCESS, thread, min(_LOWEST, nice + _LOWER_BY))
 
 
 @functools.cache  # called for each bundle, and the CPUs do not change

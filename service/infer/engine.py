@@ -11,7 +11,7 @@ from pathlib import Path
 from models.card import Modality, Task
 from models.registry import ZOO, Bundle, BundleError, Registry, read_checksums
 from service.errors import UnknownModel, WrongTask
-from service.infer.cpus import lower_priority, usable_cpus
+from service.infer.cpus import usable_cpus
 from service.infer.model import LoadedModel, Observe, unobserved
 from service.infer.session import (
     CPU,
@@ -113,9 +113,7 @@ class Engine:
         self.registry = registry
         self._precision = precision
         self.threads = threads or usable_cpus()
-        self._pool = ThreadPoolExecutor(
-            self.threads, thread_name_prefix="infer", initializer=lower_priority
-        )
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="infer")
         # One call at a time on the device: two calls would alternate and take twice the memory.
         self._device = threading.Lock()
         self._shrinking = ArenaShrinking()

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from service.errors import Cancelled
-from service.infer.cpus import lower_priority
 from service.read.geotiff import BlockCache
 from service.run.passes import Pass, Stages
 from service.run.windows import Arrays, Step
@@ -144,10 +143,9 @@ class ThreadExecutor:
         reading, inferring, writing = (
             _Stage(name, len(items)) for name in ("read", "infer", "write")
         )
-        reader, inferrer, writer = (
-            ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=lower_priority)
-            for name, threads in (("read", 1), ("window", self.workers), ("write", 1))
-        )
+        reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+        inferrer = ThreadPoolExecutor(self.workers, thread_name_prefix="window")
+        writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         ahead: deque[Future[_Read]] = deque()
         at_work: deque[tuple[int, _Item, Future[_Inferred]]] = deque()
         behind: deque[Future[None]] = deque()
