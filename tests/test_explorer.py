@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from benchmarks.serving import served
 from tests.kits.browser import chromium, opened
 from tests.kits.gate import HELD, Gate, held_model, zoo_with_a_held_model
 from tests.kits.jobs import stack
+from tests.kits.sockets import HTTPServer
 
 pytestmark = pytest.mark.slow
 
@@ -538,7 +539,7 @@ def tiles() -> Iterator[_Tiles]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
         made = _Tiles(url=f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield made

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import anyio
@@ -36,6 +36,7 @@ from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import waited
 from tests.kits.patience import PATIENCE
 from tests.kits.programs import self_signed
+from tests.kits.sockets import HTTPServer
 
 TIFF = b"II*\0 and the rest"
 
@@ -97,8 +98,7 @@ def serving(tls: ssl.SSLContext | None = None) -> Iterator[Host]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = HTTPServer(("127.0.0.1", 0), Handler)
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
     host.port = server.server_address[1]

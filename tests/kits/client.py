@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +24,7 @@ from rasterio.transform import Affine
 
 from pimc_client import AsyncClient, AsyncJob, Client, operations
 from pimc_client.retry import RetryPolicy
+from tests.kits.sockets import HTTPServer
 
 TRANSFORM = Affine(10.0, 0.0, 600_000.0, 0.0, -10.0, 5_600_000.0)
 LEGEND = [
@@ -114,10 +115,6 @@ class Reply:
     drop: bool = False
 
 
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 128  # of more connections at once than these, one waits for seconds
-
-
 @contextmanager
 def serving(response: Callable[[Received], Reply]) -> Iterator[tuple[str, list[Received]]]:
     """A server on a free port; yields its URL and a growing list of the received requests."""
@@ -160,7 +157,7 @@ def serving(response: Callable[[Received], Reply]) -> Iterator[tuple[str, list[R
         def log_message(self, *args) -> None:
             pass
 
-    server = _Server(("127.0.0.1", 0), Handler)
+    server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -24,7 +24,9 @@ from training import export
 from training.onnx_export import to_onnx
 
 # Each export lists the operators that torch can translate anew, which takes a second.
-ONNXRegistry.from_torchlib = functools.cache(ONNXRegistry.from_torchlib)  # type: ignore[method-assign]
+ONNXRegistry.from_torchlib = staticmethod(  # type: ignore[method-assign, assignment]
+    functools.cache(ONNXRegistry.from_torchlib)
+)
 
 
 def folder_of_run(factory: pytest.TempPathFactory) -> Path:

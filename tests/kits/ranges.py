@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
+
+from tests.kits.sockets import HTTPServer
 
 
 @dataclass
@@ -29,14 +31,6 @@ class RangeServer:
     def bytes_of(self, path: str) -> int:
         """How many bytes of a file were sent."""
         return sum(end - begin for name, begin, end in self.requests if name == path)
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128  # of more connections at once than these, one waits for seconds
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that closes a connection does not fail the test."""
 
 
 @contextmanager
@@ -88,7 +82,7 @@ def range_server(folder: Path) -> Iterator[RangeServer]:
             pass
 
     server.handler = Handler
-    web = _Server(("127.0.0.1", 0), Handler)
+    web = HTTPServer(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{web.server_address[1]}"
     thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -1,4 +1,4 @@
-"""Plain sockets: a listener that counts connections, and one HTTP response of a connection."""
+"""Sockets: an HTTP server, a listener that counts connections, one HTTP response."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+
+
+class HTTPServer(ThreadingHTTPServer):
+    """A server of HTTP; a client that closes its connection is no error, and nothing is printed."""
+
+    daemon_threads = True
+    request_queue_size = 128  # of more connections at once than these, one waits for seconds
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that closes a connection does not fail the test."""
 
 
 @contextmanager
