@@ -28,8 +28,9 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
 )
-from prometheus_client.utils import floatToGoString
 
 from service.errors import shown
 from service.settings import LogLevel
@@ -86,7 +87,7 @@ class Metrics:
             lambda: deque(maxlen=_PACES)
         )
         self._pacing = threading.Lock()
-        self._series: dict[tuple[object, ...], str] = {}  # as text, of which there are few
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no type for it
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
         self._requests = self._counter(
@@ -556,37 +557,8 @@ class Metrics:
         self._windows.inc(change)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format, without the times at which they were made.
-
-        The library's own writer takes twice as long, because it checks and escapes the labels of
-        each series every time; meanwhile no other request is served.
-        """
-        parts = []
-        for family in self._registry.collect():
-            counts = family.type == "counter"
-            name = f"{family.name}_total" if counts else family.name
-            parts.append(f"# HELP {name} {family.documentation}\n# TYPE {name} {family.type}\n")
-            for one in family.samples:
-                key = (one.name, *one.labels.items())
-                series = self._series.get(key)
-                if series is None:
-                    series = self._series[key] = _series(one.name, one.labels)
-                if series:
-                    value = floatToGoString(one.value)  # type: ignore[no-untyped-call]
-                    parts.append(f"{series} {value}\n")
-        return "".join(parts).encode()
-
-
-def _series(name: str, labels: Mapping[str, str]) -> str:
-    """A series with its labels, as the text format has it; empty for one that is left out."""
-    if name.endswith("_created"):
-        return ""
-    escaped = (
-        (label, value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\""))
-        for label, value in sorted(labels.items())
-    )
-    text = ",".join(f'{label}="{value}"' for label, value in escaped)
-    return f"{name}{{{text}}}" if text else name
+        """All metrics in Prometheus' text format, without the times at which they were made."""
+        return bytes(generate_latest(self._registry))
 
 
 def _bounded(name: str, known: set[str], most: int) -> str:
