@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from service.errors import InvalidRequest, StackWarning
+from service.errors import InvalidRequest, StackWarning, first_names
 from service.read.band_names import band_of, quality_of, stem
 from service.read.dates import date_of, tagged_date
 from service.read.geotiff import Georeference, Header, SourceFile, side_file
@@ -329,11 +329,10 @@ def with_date_lists(
             )
             scale = {"scale": f"{own.scale:.12g}"} if own.scale else {}
             dated[n] = replace(header, band_tags=tags, tags={**scale, **header.tags})
-        names = [headers[n].name for n in fitting]
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        names = [f"'{headers[n].name}'" for n in fitting]
         scaled = f", and the scale {own.scale:g} by its `norm_factor`" if own.scale else ""
         detail = (
-            f"the {n_dates} bands of {', '.join(repr(name) for name in names[:2])}{more} have the "
+            f"the {n_dates} bands of {first_names(names, 2)} have the "
             f"dates in `{own.key}` of '{own.name}', in its order ({own.times[0][:10]} to "
             f"{own.times[-1][:10]}){scaled}; give `dates` if this is wrong"
         )
@@ -356,13 +355,17 @@ def _stac_item(document: Mapping[str, Any], root: str) -> Item:
             sentinel_2=of_sentinel_2(document),
             numbers=band_numbers(document),
         )
-        path = unquote(str(asset.get("href", "")).partition("?")[0])
-        by_name[path.rpartition("/")[2]] = Described(
+        by_name[_file_of(str(asset.get("href", "")))] = Described(
             bands=bands,
             georeference=georeference_of_asset(document, asset),
             ignored_offset=contradiction(common, bands),
         )
     return Item(root=root, common=common, assets=by_name)
+
+
+def _file_of(href: str) -> str:
+    """The name of the file that a link leads to, as the file system has it."""
+    return unquote(href.partition("?")[0]).rpartition("/")[2]
 
 
 def _is_of_one_time(document: Mapping[str, Any]) -> bool:
@@ -376,8 +379,7 @@ def _is_of_one_time(document: Mapping[str, Any]) -> bool:
     if not isinstance(properties, dict) or not isinstance(assets, dict):
         return True
     hrefs = [str(a.get("href", key)) for key, a in assets.items() if isinstance(a, dict)]
-    names = [href.partition("?")[0].rpartition("/")[2] for href in hrefs]
-    days = {day for day in map(date_of, names) if day}
+    days = {day for href in hrefs if (day := date_of(_file_of(href)))}
     return bool(properties.get("datetime")) or len(days) < 2
 
 
