@@ -745,6 +745,17 @@ def test_one_time_of_writing_for_all_files_is_no_acquisition(tmp_path: Path) -> 
     assert opened(files[:3]).dates == (date(2023, 5, 1),)  # one image may be of that day
 
 
+def test_months_in_names_come_before_the_time_of_writing(tmp_path: Path) -> None:
+    files = [
+        one_date(
+            tmp_path / f"x_2021-0{t}.tif", t, tags={"TIFFTAG_DATETIME": f"2023:05:0{t} 00:00:00"}
+        )
+        for t in (1, 2)
+    ]
+    with pytest.raises(MissingDates, match="'2021-01': a month without a day"):
+        opened(files)
+
+
 def test_bands_corrected_for_slopes_count_before_the_same_ones_without(tmp_path: Path) -> None:
     name = "SENTINEL2B_{day}-104021-455_L2A_T31UES_C_V2-2_{kind}_{band}.tif"
     files = [

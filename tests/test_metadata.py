@@ -301,6 +301,11 @@ def test_quality_of(text: str | None, band: str | None) -> None:
     [
         ("S2_05-01-2021_B04.tif", "'05-01-2021': the day or the month may come first"),
         ("S2_2021_001.tif", "'2021_001': it may be a day of the year or a running number"),
+        ("S2_2021001.tif", "'2021001': it may be a day of the year or a running number"),
+        (
+            "S2_2021-01-2.tif",
+            "'2021-01-2': the last number may be a day, or count parts of the month",
+        ),
         ("S2_2021-01.tif", "'2021-01': a month without a day"),
         ("S2_202101.tif", "'202101': a month without a day"),
         ("S2_2021w02.tif", "'2021w02': a week without a day"),
@@ -436,6 +441,39 @@ J5, J15, J25 = date(2021, 1, 5), date(2021, 1, 15), date(2021, 1, 25)
         (["210105.tif", "210115.tif"], [None, None]),
         # 5 January or 1 May?
         (["05-01-2021.tif", "06-01-2021.tif"], [None, None]),
+        (["05012021.tif", "06012021.tif"], [None, None]),
+        # Digits behind a date without a separator are not a time if the date itself has separators.
+        (["S2_2021_05_20230101.tif"], [date(2023, 1, 1)]),
+        (["S2_20210105101021.tif"], [J5]),
+        # The date of the making, which comes before that of the acquisition, or differs as much.
+        (["20240301_S2_20210105.tif", "20240302_S2_20210115.tif"], [J5, J15]),
+        (["2021-01-05_2021-02-05.tif", "2021-01-15_2021-02-15.tif"], [J5, J15]),
+        # Folders of months have fewer dates than their files.
+        (
+            ["20210101/20210105.tif", "20210101/20210115.tif", "20210201/20210205.tif"],
+            [J5, J15, date(2021, 2, 5)],
+        ),
+        # Composites of months, weeks and quarters with the date of their making.
+        (["S2_2021-01_made-2024-03-01.tif", "S2_2021-02_made-2024-03-02.tif"], [None, None]),
+        (["S2_202101_v20240301.tif", "S2_202102_v20240301.tif"], [None, None]),
+        (["x_2021_Q1_20240301.tif", "x_2021_Q2_20240302.tif"], [None, None]),
+        (["x_2021_W01_20240301.tif", "x_2021_W02_20240302.tif"], [None, None]),
+        (["x_Jan2021_20240301.tif", "x_Feb2021_20240302.tif"], [None, None]),
+        # A month beside its own days, a season, and times of the day that resemble months.
+        (["2021-01/x_20210105.tif", "2021-02/x_20210205.tif"], [J5, date(2021, 2, 5)]),
+        (
+            ["2020-10_2021-09/x_20210105.tif", "2021-10_2022-09/x_20211105.tif"],
+            [J5, date(2021, 11, 5)],
+        ),
+        (["x_20210105_201011.tif", "x_20210115_201112.tif"], [J5, J15]),
+        # Decades of months, and numbers of files behind a year.
+        (["x_2021-01-1.tif", "x_2021-01-2.tif", "x_2021-01-3.tif"], [None, None, None]),
+        (["x_2021001.tif", "x_2021002.tif", "x_2021003.tif"], [None, None, None]),
+        (
+            ["x.A2021001.tif", "x.A2021002.tif", "x.A2021003.tif"],
+            [date(2021, 1, d) for d in (1, 2, 3)],
+        ),
+        (["x_2021005.tif", "x_2021015.tif", "x_2021025.tif"], [J5, J15, J25]),
         # Not all files agree.
         (["05-01-2021.tif", "15-01-2021.tif", "01-15-2021.tif"], [None, None, None]),
         (["x_20210105.tif", "15-01-2021.tif"], [J5, None]),

@@ -47,7 +47,7 @@ _MONTH = r"(?P<month>[A-Za-z]{3,10})\.?"
 # day of the year, as in MODIS's A2018141, HLS's 2018141T104421 and Landsat's LC81950252018141LGN00.
 _DATE = re.compile(
     rf"(?<!\d)(?P<year>{_YEAR})(?P<sep>[-_./: ]?)(?P<month>0[1-9]|1[0-2])(?P=sep)"
-    r"(?P<day>0[1-9]|[12]\d|3[01])(?=\d{6}(?!\d)|\d{4}(?!\d)|\D|$)"
+    r"(?P<day>0[1-9]|[12]\d|3[01])(?:(?=\D|$)|(?<=\d{8})(?=\d{6}(?!\d)|\d{4}(?!\d)))"
     r"|(?:(?<![0-9])|(?<=(?<![0-9A-Za-z])L[A-Z]\d{7}))"
     rf"(?P<doy_year>{_YEAR})(?P<doy>[0-3]\d\d)(?!\d)",
     re.IGNORECASE,
@@ -84,15 +84,29 @@ _DAY_FIRST = re.compile(
     r"|(?<!\d)(?P<day8>\d\d)(?P<month8>\d\d)(?P<year8>(?:19[7-9]|20\d)\d)(?!\d)"
 )
 _ORDINAL = re.compile(rf"(?<!\d)(?P<year>{_YEAR})(?P<sep>[-_./])(?P<doy>[0-3]\d\d)(?!\d)")
+# The same without a separator, and without MODIS's or AppEEARS's letters or the time of HLS.
+_PLAIN_ORDINAL = re.compile(rf"(?<![0-9A-Za-z])(?P<year>{_YEAR})(?P<doy>[0-3]\d\d)(?![0-9A-Za-z])")
 _SHORT_YEAR = re.compile(
     r"(?<!\d)(?P<day>\d{1,2})(?P<sep>[-_. ]?)(?P<month>[A-Za-z]{3,10})(?P=sep)(?P<year>\d\d)(?!\d)"
 )
+# A month, week or quarter without a day: 2018-05, 05_2018, May2018, 2018_W05, 2018Q1.
+_NAMES_OF_MONTHS = "|".join(sorted(_MONTHS.keys() - _ALSO_WORDS, key=len, reverse=True))
+_PERIOD = re.compile(
+    rf"(?<![0-9A-Za-z])(?P<year>{_YEAR})[-_. ]?(?:w(?P<week>[0-5]\d)|q(?P<quarter>[1-4])"
+    rf"|(?P<month>0[1-9]|1[0-2])|(?P<word>{_NAMES_OF_MONTHS}))(?![0-9A-Za-z])"
+    r"|(?<![0-9A-Za-z])(?:w(?P<week2>[0-5]\d)|q(?P<quarter2>[1-4])|(?P<month2>0[1-9]|1[0-2])"
+    rf"|(?P<word2>{_NAMES_OF_MONTHS}))[-_. ]?(?P<year2>{_YEAR})(?![0-9A-Za-z])",
+    re.IGNORECASE,
+)
+_TIME_OF_DAY = re.compile(r"[T_ -]?\d{4}(?:\d\d)?(?!\d)")
 # A time since 1970 in seconds, milliseconds, microseconds or nanoseconds, from 2001 to 2033.
 _NAMED_COUNT = re.compile(r"(?<![0-9A-Za-z.])1\d{9}(?:\d{3}|\d{6}|\d{9})?(?![0-9A-Za-z])")
 # Texts that resemble a date, with the reason that they are not read as one, for messages.
 _UNCLEAR = (
     (_DAY_FIRST, "the day or the month may come first"),
+    (_SHORT, "the last number may be a day, or count parts of the month"),
     (_ORDINAL, "it may be a day of the year or a running number"),
+    (_PLAIN_ORDINAL, "it may be a day of the year or a running number"),
     (re.compile(rf"(?<!\d){_YEAR}[-_]?w\d\d(?!\d)", re.IGNORECASE), "a week without a day"),
     (re.compile(rf"(?<!\d){_YEAR}[-_]?q[1-4](?!\d)", re.IGNORECASE), "a quarter without a day"),
     (re.compile(rf"(?<!\d){_YEAR}[-_.]?(?:0[1-9]|1[0-2])(?!\d)"), "a month without a day"),
@@ -296,10 +310,13 @@ def named_days(names: Sequence[str]) -> list[date | None]:
     if dates and not all(dates):
         short = found(_short_dates)
         if all(short):
-            dates = short
+            dates = [[] for _ in names] if _count_parts_of_months(names) else short
         elif not any(dates):
             dates = _unusual(names, found) or dates
-    return _told_apart(dates)
+    elif dates and _are_running_numbers(names, dates):
+        return [None] * len(names)
+    days = _told_apart(dates)
+    return [None] * len(names) if are_after_periods(names, days) else days
 
 
 def _unusual(
@@ -324,9 +341,76 @@ def _unusual(
 
 
 def _day_is_first(names: Sequence[str]) -> bool:
-    """Whether 05-01-2021 can only be 5 January: by a dot, eight digits, or a day above 12."""
+    """Whether 05-01-2021 can only be 5 January: by a dot, or a day above 12."""
     matches = [match for name in names for match in _DAY_FIRST.finditer(name)]
-    return any(m["day8"] or m["sep"] == "." or int(m["day"]) > 12 for m in matches)
+    return any(m["sep"] == "." or int(m["day8"] or m["day"]) > 12 for m in matches)
+
+
+def _count_parts_of_months(names: Sequence[str]) -> bool:
+    """Whether the last numbers of 2018-05-1 may count decades or weeks of months, and not days.
+
+    They then count from 1 without a gap, and have one digit also behind months of two.
+    """
+    matches = [match for name in names for match in _SHORT.finditer(name)]
+    days = {int(match["day"]) for match in matches}
+    if len(days) < 2 or any(len(match["day"]) > 1 for match in matches):
+        return False
+    return days == set(range(1, len(days) + 1)) or any(m["month"][0] == "0" for m in matches)
+
+
+def _are_running_numbers(names: Sequence[str], dates: Sequence[Sequence[date]]) -> bool:
+    """Whether 2018001, 2018002, 2018003 may be numbers of the files, and not days of the year."""
+    if len(names) < 3 or any(len(own) != 1 for own in dates):
+        return False
+    matches = [_PLAIN_ORDINAL.search(name) for name in names]
+    numbers = sorted({(m["year"], int(m["doy"])) for m in matches if m})
+    counts = [number for _, number in numbers]
+    if None in matches or len({year for year, _ in numbers}) > 1:
+        return False
+    return counts[0] <= 1 and len(counts) == counts[-1] - counts[0] + 1 > 2
+
+
+def are_after_periods(names: Sequence[str], days: Sequence[date | None]) -> bool:
+    """Whether dates are those of the making of composites: after the month, week or quarter named.
+
+    Args:
+        names: names of files, with their folders.
+        days: a date of each file, from its name or from a tag of the time of writing.
+
+    Returns:
+        True if all names state a period, not all the same, and every date is after its period.
+    """
+    if None in days or len(names) < 2:
+        return False
+    ends = [_periods(name) for name in names]
+    return (
+        all(ends)
+        and len(set(map(tuple, ends))) > 1
+        and all(day and day > max(own) for day, own in zip(days, ends, strict=True))
+    )
+
+
+def _periods(name: str) -> list[date]:
+    """The last day of each month, week and quarter that a name states without a day."""
+    text = _plain(name)
+    for match in reversed(list(_DATE.finditer(text))):
+        time_of_day = _TIME_OF_DAY.match(text, match.end())
+        end = time_of_day.end() if time_of_day else match.end()
+        text = f"{text[: match.start()]}#{text[end:]}"
+    return [_period_end(match) for match in _PERIOD.finditer(text)]
+
+
+def _period_end(match: re.Match[str]) -> date:
+    """The last day of a period; of a week, the last one that any way of counting gives it."""
+    part = {key.rstrip("2"): value for key, value in match.groupdict().items() if value}
+    year = int(part["year"])
+    if "week" in part:
+        return date(year, 1, 1) + timedelta(days=7 * int(part["week"]) + 6)
+    if "quarter" in part:
+        month = 3 * int(part["quarter"])
+    else:
+        month = int(part["month"]) if "month" in part else _MONTHS[part["word"].lower()]
+    return date(year + month // 12, month % 12 + 1, 1) - timedelta(days=1)
 
 
 def _are_days_of_the_year(names: Sequence[str]) -> bool:
@@ -386,10 +470,19 @@ def unclear_date(name: str) -> str | None:
 
 
 def _told_apart(dates: Sequence[Sequence[date]]) -> list[date | None]:
-    """The date of each file at the first position where the files differ."""
+    """The date of each file at the first position where the files differ.
+
+    A later position counts if its dates differ as much and all precede those of the first.
+    """
     there = [own for own in dates if own]
     shortest = min(map(len, there), default=0)
-    place = next((k for k in range(shortest) if len({own[k] for own in there}) > 1), 0)
+    times = [len({own[k] for own in there}) for k in range(shortest)]
+    places = [k for k in range(shortest) if times[k] > 1]
+    place = places[0] if places else 0
+    for k in places:
+        # A product is made after its acquisition, also if its name begins with that date.
+        if times[k] >= times[place] and all(own[k] < own[place] for own in there):
+            place = k
     return [own[place] if own else None for own in dates]
 
 

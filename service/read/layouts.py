@@ -40,6 +40,7 @@ from service.read.band_names import (
 )
 from service.read.dates import (
     WRITING_TAG,
+    are_after_periods,
     date_of,
     date_text,
     name_contradicts,
@@ -332,7 +333,8 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
     # take precedence if they distinguish the files at least as well, and a single day for several
     # files of one band is ignored.
     named_apart = None not in named and len(set(named)) > 1 and len(set(named)) >= len(set(written))
-    if named_apart or (len(set(written)) == 1 and _repeat_a_band(files)):
+    made = are_after_periods([file.name for file in files], written)
+    if named_apart or made or (len(set(written)) == 1 and _repeat_a_band(files)):
         written = [None] * len(files)
     if _is_of_writing(files, tagged, named):
         tagged = [None] * len(files)
