@@ -349,9 +349,16 @@ def test_counted_bands_of_one_band_are_its_dates(tmp_path: Path) -> None:
     assert (stack.layout, band_numbers(stack)) == ("file-per-band", expected(1, 2))
 
 
+def test_files_that_only_count_the_bands_of_a_stack_name_none(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"x_20210105_B{k}.tif", bands_of(("B02", 1))) for k in range(1, 11)]
+    with pytest.raises(MissingBands, match="'x_20210105_B1' only states the band's position"):
+        opened(files)
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
+        ("view_zenith_B{}", "'view_zenith_B492': 'zenith' describes a band and is not its refle"),
         ("Rrs_{}", "'Rrs_492': the reflectance of water, not of the surface; export"),
         ("rhow_{}", "'rhow_492': the reflectance of water, not of the surface; export"),
         ("B{}_stdDev", "'B492_stdDev': 'stddev' is computed from bands and is not reflectance"),

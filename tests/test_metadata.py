@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import date
 
 import pytest
@@ -10,6 +11,7 @@ from service.read.band_names import (
     band_of,
     level_of,
     only_positions,
+    positions_in_names,
     quality_of,
     stem,
     tagged_band,
@@ -93,6 +95,15 @@ from service.read.dates import date_of, named_days, tagged_date, unclear_date
         ("Baton_Rouge", None),
         ("Monte Rosso", None),
         ("ndvi", None),
+        # Computed from a band, or about it: Earth Engine, SNAP, products of Copernicus.
+        ("B4_anomaly", None),
+        ("B4_contrast", None),
+        ("B8_amplitude", None),
+        ("view_zenith_B4", None),
+        ("T31UES_20180521T105416_B04_DETFOO", None),
+        # ENVI's position against the wavelength, in micrometres.
+        ("Band 3 (0.6646 Micrometers)", None),
+        ("0.665 µm", "B04"),
         ("NDVI (B08, B04)", None),
         ("B08/B04", None),
         ("red_std", None),
@@ -308,6 +319,7 @@ def test_quality_of(text: str | None, band: str | None) -> None:
         ),
         ("S2_2021-01.tif", "'2021-01': a month without a day"),
         ("S2_202101.tif", "'202101': a month without a day"),
+        ("S2_2021-01_made-2024-03-01.tif", "'2021-01': a month without a day"),
         ("S2_2021w02.tif", "'2021w02': a week without a day"),
         ("Sentinel-2_mosaic_2021_Q1_31UES/B04.tif", "'2021_Q1': a quarter without a day"),
         ("S2_210105.tif", "'210105': the year may have two digits"),
@@ -351,6 +363,42 @@ def test_a_bands_wavelength_names_it_where_no_name_does() -> None:
 )
 def test_only_positions(form: str, count: int, counted: bool) -> None:
     assert only_positions([form.format(k) for k in range(1, count + 1)]) is counted
+
+
+@pytest.mark.parametrize(
+    ("names", "counted"),
+    [
+        # ENVI's names with the wavelength, and those of an operation.
+        ([f"Band {k} ({nm})" for k, nm in enumerate((492.4, 559.8, 664.6), 1)], True),
+        ([f"Band {k} ({um} Micrometers)" for k, um in enumerate((0.49, 0.56), 1)], True),
+        ([f"Resize (Band {k}:x.dat)" for k in (1, 2, 3, 4)], True),
+        # Several dates, each after the other or by band.
+        ([f"202101{day}_b{k}" for day in ("05", "15") for k in range(1, 11)], True),
+        ([f"b{k}_202101{day}" for k in range(1, 11) for day in ("05", "15")], True),
+        # Words that differ name the bands.
+        (["B1 coastal", "B2 blue", "B3 green", *(f"B{k} x" for k in range(4, 11))], False),
+        (["B1 x", "B2 x", "B2 x", "B3 x"], False),
+        (["Band 1 (B02)", "Band 1 (B03)"], False),
+    ],
+)
+def test_positions_beside_other_words(names: list[str], counted: bool) -> None:
+    assert only_positions(names) is counted
+
+
+@pytest.mark.parametrize(
+    ("form", "numbers", "counted"),
+    [
+        ("2021-01-05/Band{:02d}.tif", range(1, 11), True),
+        ("S2_20210105_B{}.tif", range(1, 11), True),
+        ("S2_20210105_band_{}.tif", range(1, 9), True),
+        ("S2_20210105_B{}.tif", range(1, 9), False),
+        ("S2_20210105_B{}.tif", range(1, 13), False),
+        ("ga_s2_20210105_band{:02d}.tif", (2, 3, 4, 8), False),
+    ],
+)
+def test_files_that_only_count_bands(form: str, numbers: Iterable[int], counted: bool) -> None:
+    names = [form.format(number) for number in numbers]
+    assert positions_in_names(names) == (frozenset(names) if counted else frozenset())
 
 
 @pytest.mark.parametrize(

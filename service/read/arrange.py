@@ -25,6 +25,7 @@ from service.read.band_names import (
     QUALITY,
     TWINS,
     band_of,
+    positions_in_names,
     quality_of,
     stem,
     why_no_band,
@@ -137,8 +138,10 @@ def arrange(
     may_estimate = rules is not None and MaskRule(name=OWN) in rules
     for_clouds = tuple(b for b in CLOUD_BANDS if b not in bands) if may_estimate else ()
     twins = {TWINS[band] for band in (*bands, *for_clouds) if band in TWINS}
+    single = [header.name for header in headers if header.count == 1]
+    counting = positions_in_names(single)
     query = LayoutQuery(
-        files=tuple(DescribedFile(header) for header in headers),
+        files=tuple(DescribedFile(header, header.name in counting) for header in headers),
         dates=options.dates,
         names=options.bands and tuple(map(_canonical, options.bands)),
         needed=tuple(bands),
@@ -593,6 +596,8 @@ def _why_not_named(query: LayoutQuery) -> str:
     for file in query.files:
         if file.only_positions:
             return f" ('{shown(file.header.descriptions[0])}' only states the band's position)"
+        if file.counted:
+            return f" ('{shown(stem(file.name))}' only states the band's position in a stack)"
         for text in (*file.header.descriptions, stem(file.name)):
             if why := why_no_band(text):
                 return f" ('{shown(text)}': {why})"

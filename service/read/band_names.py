@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -126,16 +127,27 @@ _FAMILIES = (
 # Text with one of these words names a product that was computed from bands, not a band.
 _COMPUTED = re.compile(
     r"ndvi|evi2?|m?savi|m?ndwi|ndmi|nbr|ndre|gndvi|ndv|index|ratio|std(ev|dev)?|sd|var"
-    r"|variance|sigma|uncertainty|error|count|doy"
+    r"|variance|sigma|uncertainty|error|count|nobs|doy|diff(erence)?|anomal(y|ies)|zscore|trend"
+    r"|slope|amplitude|phase|harmonics?|residuals?|rmse|range|iqr|s?mad|skew(ness)?|kurtosis|rank"
+    r"|pca|texture|glcm|contrast|entropy|asm|idm|dissimilarity|homogeneity"
+)
+# What products hold about a band: angles, footprints of detectors, weights, aerosol.
+_ABOUT_BANDS = re.compile(
+    r"(sun|view)?(zenith|azimuth)|[sv][za]a|detfoo|footprint|weights?|aot|angles?|elevation"
 )
 # Reflectance of water (ACOLITE, C2RCC), which is not that of the surface.
 _OF_WATER = re.compile(r"rrs|rhown?|nlw")
-_NOT_A_BAND = re.compile(rf"{_COMPUTED.pattern}|labels?|quality|qa|masks?|msk|{_OF_WATER.pattern}")
+_NOT_A_BAND = re.compile(
+    rf"{_COMPUTED.pattern}|{_ABOUT_BANDS.pattern}|labels?|quality|qa|masks?|msk|{_OF_WATER.pattern}"
+)
 # ACOLITE's rhos_492 (surface) and rhot_492 (top of the atmosphere), or any number with its unit.
 _WAVELENGTH = re.compile(
     r"(?<![a-z])rho[st][ _](\d{3,4})(?!\d)"
     r"|(?<![\d.])(\d{3,4}(?:\.\d+)?)[ _]?n(?:m|anomet\w*)(?![a-z])",
     re.IGNORECASE,
+)
+_MICROMETRES = re.compile(
+    r"(?<![\d.])([0-2]?\.\d{2,6})[ _]?(?:[µμu]m|micromet\w*|microns?)(?![a-z])", re.IGNORECASE
 )
 # The centres of the bands of Sentinel-2 A to D, nm. No range has a band of Landsat's in the colours
 # that models take; other sensors with bands in these ranges are recognised by their names.
@@ -157,8 +169,13 @@ _CENTRES: Mapping[str, tuple[float, float]] = {
 _CODE = re.compile(r"b(?:and|anda|ande)?0?([1-9]|1[0-2]|8a)")
 _BAND_WORD = re.compile(r"b(?:and|anda|ande)")
 _NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
-# A name that is a number behind a word for band; a file's name may precede it.
-_POSITION = re.compile(r"(?<![^\W_])(?P<word>[Bb](?:and[ae]?)?)[ _.-]?(?P<number>\d+)$")
+# A number behind a word for band; a file's name, a date or a wavelength may be beside it.
+_POSITION = re.compile(
+    r"(?<![^\W_])(?P<word>[Bb](?:and[ae]?)?)[ _.-]?(?P<number>\d{1,3})(?![^\W_])"
+)
+_UNITS = re.compile(
+    r"(?<![^\W_])(?:nanomet\w*|micromet\w*|microns?|[nuµμ]m)(?![^\W_])", re.IGNORECASE
+)
 _NO_SENTINEL_2 = frozenset({9, 10, 11})
 """Numbers of bands named B1, B2, ... that are not Sentinel-2's."""
 # Names of quality bands as whole words, in order of precedence. Words that occur in other names too
@@ -243,7 +260,10 @@ def why_no_band(text: str | None) -> str | None:
             "ACOLITE's rhos"
         )
     computed = next((word for word in words if _COMPUTED.fullmatch(word)), None)
-    return f"'{computed}' is computed from bands and is not reflectance" if computed else None
+    if computed:
+        return f"'{computed}' is computed from bands and is not reflectance"
+    about = next((word for word in words if _ABOUT_BANDS.fullmatch(word)), None)
+    return f"'{about}' describes a band and is not its reflectance" if about else None
 
 
 def _words(text: str) -> list[str]:
@@ -269,7 +289,7 @@ def _band(text: str) -> str | None:
         if _BAND_WORD.fullmatch(word) and (number := _NUMBER.fullmatch(following))
     }
     named = _phrases(words) or _foreign(words)
-    named |= {band for match in _WAVELENGTH.finditer(text) if (band := _at(match[1] or match[2]))}
+    named |= _at_wavelengths(text)
     if len(codes) > 1 or (not codes and len(named) != 1):
         return None
     (band,) = codes or named
@@ -288,6 +308,13 @@ def _at(nanometres: str | float) -> str | None:
     """The band whose centre is at a wavelength, nm; None if no band of Sentinel-2 is there."""
     number = float(nanometres)
     return next((band for band, (low, high) in _CENTRES.items() if low <= number <= high), None)
+
+
+def _at_wavelengths(text: str) -> set[str]:
+    """The bands at the wavelengths that a text states with their unit, or as ACOLITE does."""
+    numbers = [float(match[1] or match[2]) for match in _WAVELENGTH.finditer(text)]
+    numbers += [1000 * float(match[1]) for match in _MICROMETRES.finditer(text)]
+    return {band for number in numbers if (band := _at(number))}
 
 
 def _phrases(words: list[str]) -> set[str]:
@@ -320,23 +347,66 @@ def _foreign(words: list[str]) -> set[str]:
 def only_positions(names: Sequence[str | None]) -> bool:
     """Whether the names of a file's bands only count them: `Band 1`, `Band 2`, ... or `b1`, `b2`.
 
-    ENVI, ArcGIS, GDAL and Earth Engine's assets number bands so, whatever they hold. B1 to B8 and
-    B1 to B12 are names of Sentinel-2 all the same; no other such series is, because B8A follows B8.
+    ENVI, ArcGIS, GDAL and Earth Engine's assets number bands so, whatever they hold, and may add
+    the wavelength, or the date if the file has several. B1 to B8 and B1 to B12 are names of
+    Sentinel-2 all the same; no other such series is, because B8A follows B8.
 
     Args:
         names: the names in band order, without those of quality bands or alpha.
     """
-    found = [_POSITION.search(name.strip()) if name else None for name in names]
-    if len(names) < 2 or None in found:
+    found = [_position(name) for name in names]
+    positions = [one for one in found if one]
+    if len(names) < 2 or len(positions) < len(found):
         return False
-    matches = [match for match in found if match]
-    if [int(match["number"]) for match in matches] != list(range(1, len(names) + 1)):
+    numbers = [number for _, number, _ in positions]
+    count = max(numbers)
+    # All bands of a date after each other, or all dates of a band.
+    each = len(numbers) // count if count > 1 and len(numbers) % count == 0 else 0
+    by_date, by_band = list(range(1, count + 1)) * each, sorted(numbers)
+    if not each or numbers not in (by_date, by_band) or by_band != sorted(by_date):
         return False
-    rests = {
-        name.strip()[: match.start()] for name, match in zip(names, matches, strict=True) if name
-    }
-    own = {match["word"] for match in matches} == {"B"}
-    return len(rests) == 1 and not (own and len(names) not in _NO_SENTINEL_2)
+    own = {word for word, _, _ in positions} == {"B"}
+    same = len({rest for _, _, rest in positions}) == 1
+    return same and not (own and count not in _NO_SENTINEL_2)
+
+
+def positions_in_names(names: Sequence[str]) -> frozenset[str]:
+    """The names of files of one band each that only count the bands of a stack, as `..._band_10`.
+
+    Args:
+        names: the files' names with their folders.
+
+    Returns:
+        Names whose numbers are 1 to 9, 10 or 11 for files that differ in nothing else, or 1 to 8
+        behind a word other than B, so that they are not Sentinel-2's; see `only_positions`.
+    """
+    groups: dict[str, dict[int, str]] = defaultdict(dict)
+    words: set[str] = set()
+    for name in names:
+        own = stem(name)
+        found = list(_POSITION.finditer(own))
+        if found:
+            last = found[-1]
+            words.add(last["word"])
+            rest = f"{name.rpartition('/')[0]}/{own[: last.start()]}#{own[last.end() :]}"
+            groups[rest][int(last["number"])] = name
+    counts = {max(group) for group in groups.values()}
+    whole = all(set(group) == set(range(1, len(group) + 1)) for group in groups.values())
+    known = _NO_SENTINEL_2 if words == {"B"} else _NO_SENTINEL_2 | {8}
+    if not whole or not counts or not counts <= known:
+        return frozenset()
+    return frozenset(name for group in groups.values() for name in group.values())
+
+
+def _position(name: str | None) -> tuple[str, int, str] | None:
+    """The word for band, the number behind it, and the other letters of a name; None without."""
+    found = list(_POSITION.finditer(name or ""))
+    if len(found) != 1 or name is None:
+        return None
+    (match,) = found
+    rest = name[: match.start()] + " " + name[match.end() :]
+    letters = re.sub(r"[\W\d_]+", "", _UNITS.sub(" ", rest)).lower()
+    return match["word"], int(match["number"]), letters
 
 
 def is_broad_nir(text: str | None) -> bool:
@@ -463,10 +533,11 @@ def tagged_band(tags: Mapping[str, str]) -> str | None:
     return _first_of(texts) or band_at_wavelength(tags)
 
 
-def band_at_wavelength(tags: Mapping[str, str]) -> str | None:
-    """The band at the wavelength that a band's own tags (lower-case keys) state."""
+def band_at_wavelength(tags: Mapping[str, str], text: str | None = None) -> str | None:
+    """The band at the wavelength that a band's tags (lower-case keys), or else a text, state."""
     if (centre := tagged_number(tags, *_CENTRE_TAGS)) is None:
-        return None
+        stated = _at_wavelengths(text or "")
+        return stated.pop() if len(stated) == 1 else None
     return _at(centre * 1000 if centre < _MOST_MICROMETRES else centre)
 
 

@@ -392,12 +392,17 @@ def are_after_periods(names: Sequence[str], days: Sequence[date | None]) -> bool
 
 def _periods(name: str) -> list[date]:
     """The last day of each month, week and quarter that a name states without a day."""
-    text = _plain(name)
+    return [_period_end(match) for match in _PERIOD.finditer(_without_dates(_plain(name)))]
+
+
+def _without_dates(text: str) -> str:
+    """A text without its dates of year, month and day, and the times of day behind them."""
     for match in reversed(list(_DATE.finditer(text))):
-        time_of_day = _TIME_OF_DAY.match(text, match.end())
-        end = time_of_day.end() if time_of_day else match.end()
-        text = f"{text[: match.start()]}#{text[end:]}"
-    return [_period_end(match) for match in _PERIOD.finditer(text)]
+        if match["day"]:
+            time_of_day = _TIME_OF_DAY.match(text, match.end())
+            end = time_of_day.end() if time_of_day else match.end()
+            text = f"{text[: match.start()]}#{text[end:]}"
+    return text
 
 
 def _period_end(match: re.Match[str]) -> date:
@@ -462,8 +467,9 @@ def unclear_date(name: str) -> str | None:
     Args:
         name: a file's name, with its folders.
     """
+    text = _without_dates(_plain(name))
     for form, why in _UNCLEAR:
-        for match in form.finditer(_plain(name)):
+        for match in form.finditer(text):
             if form is not _SHORT_YEAR or match["month"].lower() in _MONTHS:
                 return f"'{match[0]}': {why}"
     return None

@@ -94,6 +94,8 @@ class DescribedFile:
     """A header with the band names and dates in its descriptions and tags."""
 
     header: Header
+    counted: bool = False
+    """Whether the file's name only counts the bands of a stack, so that it names none."""
 
     @property
     def name(self) -> str:
@@ -117,7 +119,7 @@ class DescribedFile:
             return (self.name_band, ALPHA)  # dataMask
         words = list(zip(self.header.descriptions, self.header.band_tags, strict=True))
         names = [
-            band_at_wavelength(tags)
+            band_at_wavelength(tags, text)
             if self.only_positions and not _is_of_a_mask(text)
             else band_of(text) or tagged_band(tags) or quality_of(text)
             for text, tags in words
@@ -159,6 +161,8 @@ class DescribedFile:
     @cached_property
     def name_band(self) -> str | None:
         """The band in the file's name, or else in its folder's name."""
+        if self.counted:
+            return None
         return band_in_name(self.name) or (ALPHA if ends_as_alpha(stem(self.name)) else None)
 
     @cached_property
