@@ -17,8 +17,9 @@ from models.heads import ForecastHead
 from training.band import Band, Forecasts, Nearness, apply_band, fit_band, fit_nearness
 from training.config import BANDS, INDICES, ZOO, Run, changed
 from training.datasets import PixelSet
-from training.finetune import finetune, load_finished
+from training.finetune import finetune, load_encoder, load_finished
 from training.forecasting import SCORED_SOURCE
+from training.networks import pixel_graph
 from training.regions import (
     NoRegions,
     Plan,
@@ -96,6 +97,24 @@ class TestBand:
         graph.band.far.fill_(2.0)
         graph.load_state_dict(state)
         assert (graph.band.far == 1).all()
+
+    def test_a_calibration_of_an_earlier_shape_does_not_cost_networks(self, tmp_path: Path) -> None:
+        config = changed(ZOO["forecast-vi"], ["encoder.width=8", "encoder.embedding=16"])
+        assert config.members > 1
+
+        def graph() -> PixelGraph:
+            shape = {"steps": 36, "indices": len(INDICES), "horizon": H, "quantiles": 3}
+            return pixel_graph(config, lambda length: ForecastHead(length, **shape))
+
+        earlier, later = graph(), graph()
+        stored = earlier.state_dict()
+        # Earlier factors were by step and side.
+        stored |= {"band.near": torch.ones(H, 2), "band.no_more": torch.ones(1)}
+        torch.save(stored, tmp_path / "weights.pt")
+        load_encoder(later, tmp_path / "weights.pt")
+        expected = earlier.state_dict()
+        for name, value in later.state_dict().items():
+            torch.testing.assert_close(value, expected[name], msg=name)
 
 
 def forecasts(

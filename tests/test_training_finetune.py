@@ -737,6 +737,25 @@ def test_one_network_starts_from_the_first_of_several(tmp_path: Path) -> None:
     assert alone.head.temperature == 1.5
 
 
+def test_encoders_of_several_networks_are_not_loaded_from_the_first_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def graph(classes: int) -> PatchGraph:
+        pairs = [
+            (PatchEncoder(width=8, embedding=16), ClassificationHead(16, classes)) for _ in range(2)
+        ]
+        (encoder, head), *others = pairs
+        return PatchGraph(encoder=encoder, head=head, others=others)
+
+    earlier, later = graph(3), graph(5)
+    torch.save(earlier.state_dict(), tmp_path / "weights.pt")
+    load_encoder(later, tmp_path / "weights.pt")
+    pairs = [(earlier.encoder, later.encoder), (earlier.others[0][0], later.others[0][0])]
+    for stored, loaded in pairs:
+        for name, value in loaded.state_dict().items():
+            torch.testing.assert_close(value, stored.state_dict()[name])
+
+
 def test_seeds_that_were_scored_on_different_places_make_no_row() -> None:
     scored = {"logits": np.eye(2), "labels": np.array([0, 1]), "places": np.array([0, 1])}
     other = {**scored, "places": np.array([0, 2])}

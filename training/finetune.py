@@ -427,7 +427,8 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     """Load a pretrained encoder into a graph.
 
     From an earlier run with a graph of the same shape, all weights are loaded, including head and
-    temperature. From a graph with more networks, the first networks are loaded.
+    temperature. From a graph with more networks, the first networks are loaded. From a graph of
+    another shape, each encoder starts from that of the same network, or else from the first.
 
     Args:
         graph: changed in place.
@@ -440,9 +441,14 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     key = f"{graph.modality}_encoder"
     stored = load_checkpoint(checkpoint)
     own, shapes = _shapes(graph.state_dict()), _shapes(stored)
-    beyond = {name for name in shapes.keys() - own.keys() if not name.startswith("others.")}
-    # A calibration that earlier versions did not store has its default.
-    expected = {name for name in own if name in stored or not _added_later(name)}
+    beyond = {
+        name
+        for name in shapes.keys() - own.keys()
+        if not name.startswith("others.") and not _added_later(name)
+    }
+    # A calibration that earlier versions did not store, or stored in another shape, has its
+    # default: it must not decide which networks are loaded.
+    expected = {name for name in own if shapes.get(name) == own[name] or not _added_later(name)}
     if not beyond and all(shapes.get(name) == own[name] for name in expected):
         graph.load_state_dict({name: stored[name] for name in expected})
         return
@@ -453,8 +459,12 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
             f"{checkpoint} has no '{key}', only {sorted(stored)}: give a checkpoint of a "
             "pretraining, or the weights of a run of the same task"
         )
-    weights = stored.get(key, finetuned)
-    for encoder in (graph.encoder, *(pair[0] for pair in getattr(graph, "others", ()))):
+    first = stored.get(key, finetuned)
+    encoders = (graph.encoder, *(pair[0] for pair in getattr(graph, "others", ())))
+    for network, encoder in enumerate(encoders):
+        prefix, _ = _prefixes(network)
+        same = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        weights = same or first
         _same_shapes(checkpoint, weights, encoder.state_dict())
         encoder.load_state_dict(weights)
 
