@@ -87,6 +87,27 @@ def test_complex_numbers_are_rejected(tmp_path: Path) -> None:
         opened(file)
 
 
+def test_a_tiff_of_several_images_is_rejected(tmp_path: Path) -> None:
+    bands = np.full((1, 64, 64), 500, "uint16")
+    pages = write(tmp_path / "a.tif", bands, tiled=True, blockxsize=16, blockysize=16)
+    with gdal_options():
+        read_header(with_overviews(tmp_path / "b.tif", bands))
+        read_header(pages)
+    with rasterio.open(write(tmp_path / "c.tif", bands + 1).path) as second:
+        rasterio.shutil.copy(second, pages.path, driver="GTiff", APPEND_SUBDATASET="YES")
+    said = "'a.tif' holds 2 images .* GTIFF_DIR:2:in.tif"
+    with gdal_options(), pytest.raises(NotAGeoTIFF, match=said):
+        read_header(pages)
+
+
+def with_overviews(path: Path, bands: np.ndarray) -> SourceFile:
+    """A file with overviews and an internal mask, which are directories of their own."""
+    file = write(path, bands, mask=bands[0] > 0, tiled=True, blockxsize=16, blockysize=16)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.build_overviews([2, 4])
+    return file
+
+
 def test_no_sidecar_is_read(tmp_path: Path) -> None:
     file = write(tmp_path / "x.tif", pixels(), crs=None, transform=Affine.identity())
     (tmp_path / "x.tfw").write_text("10\n0\n0\n-10\n500000\n5600000\n")

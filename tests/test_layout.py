@@ -288,8 +288,10 @@ def test_whole_products_need_no_names(tmp_path: Path, order: str) -> None:
     stack = opened([write(tmp_path / "x_20210105.tif", pixels)], mask="none")
     assert (stack.layout, band_numbers(stack)) == ("file-per-date", expected(1))
     # They are assumed, and never in silence.
-    (warning,) = stack.warnings
+    warning, *of_13 = stack.warnings
     assert warning.code == "bands_assumed"
+    # Level 1C alone has 13 bands.
+    assert [one.code for one in of_13] == ["top_of_atmosphere"] * ("B10" in order)
     assert "B02 is band 2, B04 is band 4, B08 is band 8" in warning.detail
     assert "'x_20210105.tif'" in warning.detail
 
@@ -916,6 +918,37 @@ def test_tags_state_level_1c_too(tmp_path: Path, tags: dict[str, str]) -> None:
     assert "states 2A" not in warning.detail
     of_2a = {key: value.replace("1C", "2A").replace("1c", "2a") for key, value in tags.items()}
     assert opened([one_date(tmp_path / "20210105.tif", 1, tags=of_2a)], mask="none").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "codes"),
+    [
+        ("20210105.tif", ["top_of_atmosphere"]),
+        ("T31UES_20210105_L2A.tif", []),  # the level that is stated counts
+        ("HLS.S30.T31UES.2021005T104421.v2.0.tif", []),  # it has B10 as well
+    ],
+)
+def test_the_cirrus_band_shows_level_1c(tmp_path: Path, name: str, codes: list[str]) -> None:
+    file = one_date(tmp_path / name, 1, ("B02", "B04", "B08", "B10"))
+    assert [warning.code for warning in opened([file], mask="none").warnings] == codes
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"Band_1": "B08", "Band_2": "red", "Band_3": "blue"},
+        {"long_name": "('B08', 'B04', 'B02')"},
+    ],
+)
+def test_a_files_own_tags_may_name_its_bands(tmp_path: Path, tags: dict[str, str]) -> None:
+    pixels = bands_of(("B08", 1), ("B04", 1), ("B02", 1))
+    assert band_numbers(opened([write(tmp_path / "20210105.tif", pixels, tags=tags)])) == expected(
+        1
+    )
+    # Tags of a file with more bands, of which this one is a part, do not count.
+    more = {"Band_4": "B12"} if "Band_1" in tags else {"long_name": "B08,B04,B03,B02"}
+    with pytest.raises(MissingBands):
+        opened([write(tmp_path / "x_20210105.tif", pixels, tags={**tags, **more})])
 
 
 def test_a_name_and_a_tag_of_different_levels_are_both_named(tmp_path: Path) -> None:

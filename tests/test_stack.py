@@ -134,6 +134,11 @@ def test_bands_of_file_per_band_may_be_read_in_part(tmp_path: Path) -> None:
         ("uint16", {"tags": {"scale": "0.0002", "offset": "-0.1"}}, {}, 2e-4, -0.1),
         ("uint16", {"tags": {"scale_factor": "0.0002", "add_offset": "-0.1"}}, {}, 2e-4, -0.1),
         ("uint16", {"tags": {"scale": "none"}}, {}, 1e-4, 0),
+        # A decimal comma, a list for all bands, an offset in the numbers stored.
+        ("uint16", {"tags": {"scale": "0,0002", "offset": "-0,1"}}, {}, 2e-4, -0.1),
+        ("uint16", {"tags": {"scale": "[2e-4, 2e-4]", "offset": "(-0.1,)"}}, {}, 2e-4, -0.1),
+        ("uint16", {"tags": {"scale": "0.0002", "add_offset": "-1000"}}, {}, 2e-4, -0.2),
+        ("uint16", {"scales": (3e-4,) * 3, "offsets": (-1000,) * 3}, {}, 3e-4, -0.3),
         ("uint16", {"tags": {"scale": "0"}}, {}, 1e-4, 0),
         ("uint16", {"scales": (3e-4,) * 3, "offsets": (-0.1,) * 3}, {}, 3e-4, -0.1),
         ("uint16", {"scales": (3e-4,) * 3, "tags": {"scale": "1"}}, {}, 3e-4, 0),
@@ -159,11 +164,12 @@ def test_each_file_and_band_has_its_own_scale(tmp_path: Path) -> None:
         scene(tmp_path / "20210105.tif", pixels),
         scene(tmp_path / "20210115.tif", (pixels * 1e-4).astype("float32")),
         scene(tmp_path / "20210125.tif", pixels, band_tags={2: {"scale": "0.001"}}),
+        scene(tmp_path / "20210204.tif", pixels, tags={"scale": "0.0001, 0.001, 0.0001"}),
     ]
     stack = opened(*files)
     assert stack.scale == 1e-4
     factors = np.array([1e-4, 1e-3, 1e-4])[:, None, None]
-    expected = np.stack([pixels * 1e-4, pixels * 1e-4, pixels * factors])
+    expected = np.stack([pixels * 1e-4, pixels * 1e-4, pixels * factors, pixels * factors])
     np.testing.assert_allclose(read(stack).values, expected, rtol=1e-5)
 
 

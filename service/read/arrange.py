@@ -58,6 +58,7 @@ from service.read.masks import (
     MaskRule,
     parse_mask,
 )
+from service.read.sensors import sensor_named
 
 _NAMED_AT_MOST = 5
 _UNUSED_IN_FULL = 100
@@ -282,7 +283,7 @@ def _top_of_atmosphere(query: LayoutQuery, used: set[int]) -> list[StackWarning]
     files = [file for file in query.files if id(file.header) in used and not file.is_mask]
     top = [file for file in files if file.level == "1C"]
     if not top:
-        return []
+        return _with_cirrus(query, files)
     mixed = "" if len(top) == len(files) else ", unlike the other files, so that dates differ"
     against = next((file for file in top if len(dict(file.stated_levels)) > 1), None)
     if against is not None:
@@ -294,6 +295,30 @@ def _top_of_atmosphere(query: LayoutQuery, used: set[int]) -> list[StackWarning]
         f"{_their_sources(top)}{mixed}; it is brighter in blue and red than that of the surface "
         "(level 2A), and NDVI is lower: give level 2A, unless the model's card names level 1C in "
         "its training data"
+    )
+    return [StackWarning(code="top_of_atmosphere", detail=detail)]
+
+
+def _with_cirrus(query: LayoutQuery, files: Sequence[DescribedFile]) -> list[StackWarning]:
+    """The warning that files are of level 1C by their bands, if nothing states a level.
+
+    Of Sentinel-2's levels, 1C alone has B10 (cirrus); HLS S30 has it as well. A product of 13
+    bands without names is of level 1C too.
+    """
+    if not files or any(file.level for file in files):
+        return []
+    named = [file for file in query.files if "B10" in {*file.bands, file.name_band}]
+    found = named or [f for f in files if f.product_bands and f.count == max(PRODUCT_COUNTS)]
+    sensors = {sensor and sensor.name for f in found if (sensor := sensor_named(f.name))}
+    if not found or sensors - {"sentinel-2"}:
+        return []
+    what = "the band B10 (cirrus)" if named else f"{found[0].count} bands"
+    detail = (
+        f"{counted(len(found), 'file')} ({_quoted([f.name for f in found], 2)}) with {what}, which "
+        "level 1C of Sentinel-2 has and level 2A has not: the reflectance seems to be that at the "
+        "top of the atmosphere, which is brighter in blue and red than that of the surface, so "
+        "that NDVI is lower: give level 2A, unless the model's card names level 1C in its training "
+        "data"
     )
     return [StackWarning(code="top_of_atmosphere", detail=detail)]
 

@@ -542,12 +542,25 @@ def band_at_wavelength(tags: Mapping[str, str], text: str | None = None) -> str 
 
 
 def tagged_number(tags: Mapping[str, str], *keys: str) -> float | None:
-    """The first of the tags that is a finite number."""
+    """The first of the tags that is a finite number, or a list of equal ones."""
     for key in keys:
-        try:
-            number = float(tags[key])
-        except (KeyError, ValueError):
-            continue
-        if abs(number) < float("inf"):
-            return number
+        numbers = set(tagged_numbers(tags.get(key, "")))
+        if len(numbers) == 1:
+            return numbers.pop()
     return None
+
+
+_LIST_MARKS = re.compile(r"[\[\](){}]")
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?0,\d+\s*")
+
+
+def tagged_numbers(text: str) -> tuple[float, ...]:
+    """The finite numbers in a tag: one, also with a decimal comma, or a list; empty without."""
+    if _DECIMAL_COMMA.fullmatch(text):
+        text = text.replace(",", ".")
+    parts = [part for part in re.split(r"[,;\s]+", _LIST_MARKS.sub(" ", text)) if part]
+    try:
+        numbers = tuple(map(float, parts))
+    except ValueError:
+        return ()
+    return numbers if all(abs(number) < float("inf") for number in numbers) else ()

@@ -325,7 +325,9 @@ def read_header(source: SourceFile, known: dict[bytes, Georeference] | None = No
     if driver == "JP2OpenJPEG":
         return _read_jp2_header(source)
     try:
-        written, mask = check_directories(source.path, source.name)
+        written, mask, images = check_directories(source.path, source.name)
+        if images > 1:
+            raise NotAGeoTIFF(_several_images(source.name, images))
         found = (known or {}).get(written)
         with open_geotiff(source.path, georeferenced=found is None) as dataset:
             georeference = found or (dataset.crs, dataset.transform)
@@ -340,6 +342,14 @@ def read_header(source: SourceFile, known: dict[bytes, Georeference] | None = No
     if known is not None and written:
         known[written] = georeference
     return header
+
+
+def _several_images(name: str, images: int) -> str:
+    return (
+        f"'{name}' holds {images} images (directories of a TIFF), of which GDAL reads the first "
+        "alone: write each as a file, as with gdal_translate -of COG GTIFF_DIR:2:in.tif "
+        "20210105.tif, or all of them as the bands of one file"
+    )
 
 
 def _read_jp2_header(source: SourceFile) -> Header:
@@ -613,6 +623,7 @@ def _header(
         )
     # GDAL's assumption about alpha is not enough: `DescribedFile.bands` decides by the names.
     flags = dataset.mask_flag_enums[0]
+    tags = _lower(dataset.tags())
     # This query takes time for every band, so it is skipped if the last band has a name.
     unnamed = dataset.count > 1 and not dataset.descriptions[-1]
     alpha = unnamed and dataset.colorinterp[-1] == ColorInterp.alpha
@@ -626,8 +637,8 @@ def _header(
         nodata=dataset.nodatavals,
         scales=dataset.scales,
         offsets=dataset.offsets,
-        descriptions=dataset.descriptions,
-        tags=_lower(dataset.tags()),
+        descriptions=_descriptions(dataset, tags),
+        tags=tags,
         band_tags=tuple(_lower(dataset.tags(index)) for index in dataset.indexes),
         block=(rows, columns),
         memory=FileMemory(
@@ -642,6 +653,35 @@ def _header(
         alpha=dataset.count if alpha else None,
         placed_by=None if georeference[0] else _placed_by(dataset),
     )
+
+
+_LISTS_OF_NAMES = ("long_name", "band_names", "bandnames", "band_descriptions")
+_MARKS_OF_LISTS = re.compile(r"[\[\](){}'\"]")
+
+
+def _descriptions(
+    dataset: rasterio.DatasetReader, tags: Mapping[str, str]
+) -> tuple[str | None, ...]:
+    """The bands' descriptions, or else the names of all bands in the file's own tags.
+
+    They are `Band_1`, `Band_2`, ... as ENVI's and ERDAS's metadata have them, or a list with a name
+    for each band, as xarray's `long_name` of several.
+
+    Args:
+        dataset: the open file.
+        tags: the file's tags, by lower-case name.
+    """
+    count = int(dataset.count)
+    if count < 2 or any(dataset.descriptions):
+        return tuple(dataset.descriptions)
+    numbered = [tags.get(f"band_{n}") for n in range(1, count + 1)]
+    if all(numbered) and f"band_{count + 1}" not in tags:
+        return tuple(numbered)
+    for key in _LISTS_OF_NAMES:
+        names = [name.strip() for name in _MARKS_OF_LISTS.sub("", tags.get(key, "")).split(",")]
+        if len(names) == count and all(names):
+            return tuple(names)
+    return tuple(dataset.descriptions)
 
 
 def _placed_by(dataset: rasterio.DatasetReader) -> str | None:

@@ -15,7 +15,7 @@ from datetime import date
 import numpy as np
 
 from service.errors import InvalidRequest
-from service.read.band_names import of_the_browser, tagged_number
+from service.read.band_names import of_the_browser, tagged_number, tagged_numbers
 from service.read.geotiff import Header, with_full_name
 from service.read.sensors import Sensor
 
@@ -35,6 +35,8 @@ BROWSER = "a file name of the Copernicus Browser"
 """Source of the scale and offset of its exports."""
 _BASELINE_WITH_OFFSET = 4.0
 _QUANTIFICATION = 10_000.0
+_MOST_REFLECTANCE = 2.0
+"""No offset of reflectance is larger."""
 _NAMED_BASELINE = re.compile(r"_N(\d{2})(\d{2})_")
 
 
@@ -73,6 +75,9 @@ def calibration_of(
     integer = np.dtype(header.dtypes[at]).kind in "iu"
     factor, factor_source = (scale, GIVEN) if scale is not None else stated_scale(header, at)
     shift, shift_source = (offset, GIVEN) if offset is not None else _stated_offset(header, at)
+    if shift is not None and factor and shift_source != GIVEN and abs(shift) > _MOST_REFLECTANCE:
+        # An offset in the numbers stored: reflectance = (value + offset) x scale.
+        shift *= factor
     if factor is None and sensor and sensor.scale is not None and integer:
         factor, factor_source = sensor.scale, sensor.label
         if shift is None:
@@ -157,8 +162,17 @@ def _baseline(header: Header) -> float | None:
         return None
 
 
+_BY_BAND = ("scale", "scale_factor", "offset", "add_offset")
+
+
 def _tags(header: Header, at: int) -> dict[str, str]:
-    return {**header.tags, **header.band_tags[at]}
+    """The tags of a band and its file; of a file's list with a number for each band, the band's."""
+    tags = dict(header.tags)
+    for key in _BY_BAND:
+        numbers = tagged_numbers(tags.get(key, ""))
+        if len(numbers) == header.count > 1:
+            tags[key] = f"{numbers[at]:.12g}"
+    return {**tags, **header.band_tags[at]}
 
 
 def number_on(

@@ -117,6 +117,9 @@ _NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
         (rf"{_START}HLS[._\- ]?L30{_END}", HLS_L30),
         (rf"{_START}L[CO]0[89]{_END}", OLI),
         (rf"{_START}L[ET]0[4-7]{_END}", TM),
+        (rf"{_START}LS[89]{_END}", OLI_SCALED),  # sen2like
+        (rf"{_START}L0[89]\.00\d{_END}", OLI),  # AppEEARS
+        (rf"{_START}L0[457]\.00\d{_END}", TM),
         (rf"{_START}LND(?:0[89]|LG){_END}|{_START}ga_ls[89]c?_|{_START}LC8\d{{13}}", OLI_SCALED),
         (rf"{_START}LND0[4-7]{_END}|{_START}ga_ls[57][te]?_|{_START}L[ET][4-7]\d{{13}}", TM_SCALED),
         (rf"{_START}L[89]_OLI{_END}|{_START}landsat[_\- ]?0?[89]{_END}", OLI),  # L8_OLI: ACOLITE

@@ -27,7 +27,7 @@ _MAX_TEXT_BYTES = 8 * 2**20  # 20,000 bands with name, scale and offset take 5 M
 _MAX_ITEMS = 1000  # of one band or the whole image: GDAL's time grows with their square
 _WIDTH, _HEIGHT, _ROWS = 256, 257, 278
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
-_SUBFILE, _MASK = 254, 4
+_SUBFILE, _REDUCED, _MASK = 254, 1, 4
 _METADATA = 42112
 # ModelPixelScale, Intergraph's matrix, ModelTiepoint, ModelTransformation and the three of GeoKeys.
 _PLACE = frozenset({33550, 33920, 33922, 34264, 34735, 34736, 34737})
@@ -101,6 +101,8 @@ class Directories(NamedTuple):
     if the file has no georeference, or an unusually long one."""
     mask_block_bytes: int
     """Decoded size of one block of the internal mask, bytes; 0 without an internal mask."""
+    images: int
+    """Images of the first one's size, without overviews and masks: GDAL reads the first alone."""
 
 
 def check_directories(path: Path, name: str) -> Directories:
@@ -111,7 +113,7 @@ def check_directories(path: Path, name: str) -> Directories:
         name: the caller's name for the file.
 
     Returns:
-        The georeference's bytes and the mask's block size.
+        The georeference's bytes, the mask's block size and the number of images.
 
     Raises:
         RasterTooLarge: too many directories, entries, values or items, or too large blocks of a
@@ -120,17 +122,24 @@ def check_directories(path: Path, name: str) -> Directories:
             the TIFF specification does not allow.
     """
     georeference: bytes | None = None
-    mask = 0
+    mask = images = 0
+    first: tuple[int | None, int | None] | None = None
     with path.open("rb") as file:
         for _, form, entries in directories(file, name):
             _check_values(entries, name)
+            numbers = {e.tag: small(form, e, name) for e in entries if e.tag in _NUMBERS}
+            size = numbers.get(_WIDTH), numbers.get(_HEIGHT)
+            first = first or size
+            images += size == first and not numbers.get(_SUBFILE, 0) & (_REDUCED | _MASK)
             if georeference is None:
                 georeference = _georeference(file, form, entries)
-            mask = max(mask, _check_mask(form, entries, name))
+            mask = max(mask, _check_mask(numbers, name))
             for entry in entries:
                 if entry.tag == _METADATA:
                     _check_metadata(value(file, form, entry), name)
-    return Directories(georeference=georeference or b"", mask_block_bytes=mask)
+    return Directories(
+        georeference=georeference or b"", mask_block_bytes=mask, images=max(images, 1)
+    )
 
 
 def _georeference(file: BinaryIO, form: Form, entries: list[Entry]) -> bytes:
@@ -215,8 +224,12 @@ def _check_values(entries: list[Entry], name: str) -> None:
             )
 
 
-def _check_mask(form: Form, entries: list[Entry], name: str) -> int:
+def _check_mask(numbers: Mapping[int, int], name: str) -> int:
     """Check the blocks of an internal mask, which GDAL does not report.
+
+    Args:
+        numbers: numbers of a directory by their tags.
+        name: the caller's name for the file.
 
     Returns:
         Decoded size of one block, bytes; 0 for a directory that is not a mask.
@@ -224,7 +237,6 @@ def _check_mask(form: Form, entries: list[Entry], name: str) -> int:
     Raises:
         RasterTooLarge: a block is too large.
     """
-    numbers = {entry.tag: small(form, entry, name) for entry in entries if entry.tag in _NUMBERS}
     if not numbers.get(_SUBFILE, 0) & _MASK:
         return 0
     width, height = numbers.get(_WIDTH, 0), numbers.get(_HEIGHT, 0)
