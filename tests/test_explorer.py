@@ -20,11 +20,11 @@ import pytest
 import rasterio
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, expect
 from pyproj import Transformer
 
 from benchmarks.serving import served
-from tests.kits.browser import chromium, opened
+from tests.kits.browser import chromium, emptied, open_page, tab_of
 from tests.kits.gate import HELD, Gate, held_model, zoo_with_a_held_model
 from tests.kits.jobs import stack
 from tests.kits.sockets import HTTPServer
@@ -53,11 +53,30 @@ def browser() -> Iterator[Browser]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def only_tab(browser: Browser) -> Page:
+    return tab_of(browser)
+
+
 @pytest.fixture
-def page(browser: Browser, api: httpx.Client) -> Iterator[Page]:
-    made = opened(browser, str(api.base_url))
-    yield made
-    made.context.close()
+def tab(only_tab: Page) -> Page:
+    """An empty tab."""
+    return emptied(only_tab)
+
+
+@pytest.fixture
+def page(tab: Page, api: httpx.Client) -> Page:
+    """A tab with the page of the service."""
+    open_page(tab, str(api.base_url))
+    return tab
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A service that requires a key."""
+    zoo = zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
+    with served(model_dir=zoo, api_keys=("sesame",)) as client:
+        yield client
 
 
 def choose(page: Page, folder: Path) -> None:
@@ -261,14 +280,14 @@ def test_the_picture_follows_the_date(page: Page, folder: Path) -> None:
     )
 
 
-def test_a_past_run_opens_by_its_link(page: Page, browser: Browser, folder: Path) -> None:
+def test_a_past_run_opens_by_its_link(page: Page, folder: Path) -> None:
     choose(page, folder)
     run(page)
-    assert "#job=" in page.url
-    again = opened(browser, page.url)
-    again.wait_for_selector(".leaflet-result-pane canvas")
-    np.testing.assert_array_equal(colours(again, "result"), colours(page, "result"))
-    again.context.close()
+    link, drawn = page.url, colours(page, "result")
+    assert "#job=" in link
+    open_page(emptied(page), link)
+    page.wait_for_selector(".leaflet-result-pane canvas")
+    np.testing.assert_array_equal(colours(page, "result"), drawn)
 
 
 def test_opacity_and_swipe(page: Page, folder: Path) -> None:
@@ -370,21 +389,17 @@ def test_a_lost_connection_is_retried(page: Page, gate: Gate, folder: Path) -> N
     page.wait_for_selector(".leaflet-result-pane canvas")
 
 
-def test_an_api_key_is_requested(browser: Browser, tmp_path: Path, folder: Path) -> None:
-    with served(model_dir=zoo_with_a_held_model(tmp_path / "zoo"), api_keys=("sesame",)) as keyed:
-        context = browser.new_context()
-        page = context.new_page()
-        page.goto(str(keyed.base_url))
-        expect(page.locator("#key-dialog")).to_be_visible()
-        page.fill("#key", "wrong")
-        page.keyboard.press("Enter")
-        expect(page.locator("#key-reason")).to_contain_text("does not accept")
-        page.fill("#key", "sesame")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("html[data-ready=yes]")
-        choose(page, folder)
-        run(page)
-        context.close()
+def test_an_api_key_is_requested(tab: Page, keyed: httpx.Client, folder: Path) -> None:
+    tab.goto(str(keyed.base_url))
+    expect(tab.locator("#key-dialog")).to_be_visible()
+    tab.fill("#key", "wrong")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#key-reason")).to_contain_text("does not accept")
+    tab.fill("#key", "sesame")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("html[data-ready=yes]")
+    choose(tab, folder)
+    run(tab)
 
 
 def first(page: Page, delayed: list[Route]) -> Route:
@@ -395,46 +410,42 @@ def first(page: Page, delayed: list[Route]) -> Route:
 
 
 @contextmanager
-def wrong_key_given(browser: Browser, tmp_path: Path) -> Iterator[tuple[Page, list[Route]]]:
-    """A page whose first key is refused; one of the two requests with that key is delayed."""
-    with served(model_dir=zoo_with_a_held_model(tmp_path / "zoo"), api_keys=("sesame",)) as keyed:
-        context = browser.new_context()
-        page = context.new_page()
-        page.goto(str(keyed.base_url))
-        expect(page.locator("#key-dialog")).to_be_visible()
-        delayed: list[Route] = []
-        page.route("**/heads", lambda route: delayed.append(route), times=1)
-        page.fill("#key", "wrong")
-        page.keyboard.press("Enter")
-        expect(page.locator("#key-reason")).to_contain_text("does not accept")
-        yield page, delayed
-        page.wait_for_selector("html[data-ready=yes]")
-        context.close()
+def wrong_key_given(page: Page, keyed: httpx.Client) -> Iterator[list[Route]]:
+    """The first key given to the page is refused; one of its two requests is delayed."""
+    page.goto(str(keyed.base_url))
+    expect(page.locator("#key-dialog")).to_be_visible()
+    delayed: list[Route] = []
+    page.route("**/heads", lambda route: delayed.append(route), times=1)
+    page.fill("#key", "wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-reason")).to_contain_text("does not accept")
+    yield delayed
+    page.wait_for_selector("html[data-ready=yes]")
 
 
-def test_a_second_refusal_leaves_what_is_being_typed(browser: Browser, tmp_path: Path) -> None:
-    with wrong_key_given(browser, tmp_path) as (page, delayed):
-        page.fill("#key", "sesame")
-        with page.expect_response("**/heads"):
-            first(page, delayed).continue_()
-        expect(page.locator("#key")).to_have_value("sesame")
-        page.keyboard.press("Enter")
+def test_a_second_refusal_leaves_what_is_being_typed(tab: Page, keyed: httpx.Client) -> None:
+    with wrong_key_given(tab, keyed) as delayed:
+        tab.fill("#key", "sesame")
+        with tab.expect_response("**/heads"):
+            first(tab, delayed).continue_()
+        expect(tab.locator("#key")).to_have_value("sesame")
+        tab.keyboard.press("Enter")
 
 
-def test_a_refused_key_that_was_replaced_opens_no_dialog(browser: Browser, tmp_path: Path) -> None:
-    with wrong_key_given(browser, tmp_path) as (page, delayed):
-        page.fill("#key", "sesame")
-        page.keyboard.press("Enter")
-        expect(page.locator("#key-dialog")).to_be_hidden()
-        first(page, delayed).continue_()
+def test_a_refused_key_that_was_replaced_opens_no_dialog(tab: Page, keyed: httpx.Client) -> None:
+    with wrong_key_given(tab, keyed) as delayed:
+        tab.fill("#key", "sesame")
+        tab.keyboard.press("Enter")
+        expect(tab.locator("#key-dialog")).to_be_hidden()
+        first(tab, delayed).continue_()
 
 
 def test_a_key_replaced_while_a_refusal_is_read_opens_no_dialog(
-    browser: Browser, tmp_path: Path
+    tab: Page, keyed: httpx.Client
 ) -> None:
-    with wrong_key_given(browser, tmp_path) as (page, delayed):
-        page.fill("#key", "sesame")
-        page.evaluate(
+    with wrong_key_given(tab, keyed) as delayed:
+        tab.fill("#key", "sesame")
+        tab.evaluate(
             """() => {
                 const read = Blob.prototype.text;
                 const released = new Promise((resolve) => { window.release = resolve; });
@@ -445,12 +456,12 @@ def test_a_key_replaced_while_a_refusal_is_read_opens_no_dialog(
                 };
             }"""
         )
-        first(page, delayed).continue_()
-        wait_until(page, "window.reading")
-        page.keyboard.press("Enter")
-        expect(page.locator("#key-dialog")).to_be_hidden()
-        wait_until(page, "sessionStorage.getItem('pimc-api-key') === 'sesame'")
-        page.evaluate("window.release()")
+        first(tab, delayed).continue_()
+        wait_until(tab, "window.reading")
+        tab.keyboard.press("Enter")
+        expect(tab.locator("#key-dialog")).to_be_hidden()
+        wait_until(tab, "sessionStorage.getItem('pimc-api-key') === 'sesame'")
+        tab.evaluate("window.release()")
 
 
 # For everybody --------------------------------------------------------------------------------
@@ -477,34 +488,40 @@ def test_by_keyboard_alone(page: Page) -> None:
     page.wait_for_selector("#pixel-body .chart")
 
 
-def test_at_the_width_of_a_phone(browser: Browser, api: httpx.Client, folder: Path) -> None:
-    page = opened(browser, str(api.base_url), width=380, height=800)
-    choose(page, folder)
-    run(page)
-    width = page.evaluate("document.documentElement.scrollWidth")
+def test_at_the_width_of_a_phone(tab: Page, api: httpx.Client, folder: Path) -> None:
+    tab.set_viewport_size({"width": 380, "height": 800})
+    open_page(tab, str(api.base_url))
+    choose(tab, folder)
+    run(tab)
+    width = tab.evaluate("document.documentElement.scrollWidth")
     assert width <= 380
     grounds = set()
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)
-        grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        accessible(page)
+        tab.emulate_media(color_scheme=scheme)
+        grounds.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+        accessible(tab)
     assert len(grounds) == 2
-    page.context.close()
 
 
-def test_nothing_comes_from_elsewhere(browser: Browser, api: httpx.Client) -> None:
-    context = browser.new_context()
-    page = context.new_page()
+def test_nothing_comes_from_elsewhere(tab: Page, api: httpx.Client) -> None:
     requested: list[str] = []
-    page.on("request", lambda request: requested.append(request.url))
-    policies = []
-    page.on("console", lambda message: policies.append(message.text))
-    page.goto(str(api.base_url))
-    page.wait_for_selector("html[data-ready=yes]")
+    messages: list[str] = []
+
+    def request_seen(request: Request) -> None:
+        requested.append(request.url)
+
+    def message_seen(message: ConsoleMessage) -> None:
+        messages.append(message.text)
+
+    tab.on("request", request_seen)
+    tab.on("console", message_seen)
     here = str(api.base_url)
+    open_page(tab, here)
+    tab.remove_listener("request", request_seen)
+    tab.remove_listener("console", message_seen)
+    assert any(url.endswith(".js") for url in requested)
     assert all(url.startswith((here, "data:")) for url in requested), requested
-    assert not [text for text in policies if "Content Security Policy" in text]
-    context.close()
+    assert not [text for text in messages if "Content Security Policy" in text]
 
 
 @dataclass
@@ -547,26 +564,25 @@ def tiles() -> Iterator[_Tiles]:
 
 
 def test_a_background_map_is_drawn_in_the_crs_of_the_stack(
-    browser: Browser, tmp_path: Path, folder: Path, tiles: _Tiles
+    tab: Page, tmp_path: Path, folder: Path, tiles: _Tiles
 ) -> None:
     with served(
         model_dir=held_model(tmp_path),
         explorer_tiles=f"{tiles.url}/{{z}}/{{x}}/{{y}}.png",
         explorer_attribution="Tiles <of> the test",
     ) as api:
-        page = opened(browser, str(api.base_url))
-        expect(page.locator("#attribution")).to_have_text("Background map: Tiles <of> the test")
-        choose(page, folder)
-        page.wait_for_selector(".leaflet-background-pane .leaflet-tile-loaded")
+        open_page(tab, str(api.base_url))
+        expect(tab.locator("#attribution")).to_have_text("Background map: Tiles <of> the test")
+        choose(tab, folder)
+        tab.wait_for_selector(".leaflet-background-pane .leaflet-tile-loaded")
         wait_until(
-            page,
+            tab,
             "() => !document.querySelector("
             "'.leaflet-background-pane canvas:not(.leaflet-tile-loaded)')",
         )
-        picture = page.locator(".leaflet-picture-pane canvas").bounding_box()
-        view = page.locator("#map").bounding_box()
-        screen = np.array(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
-        page.context.close()
+        picture = tab.locator(".leaflet-picture-pane canvas").bounding_box()
+        view = tab.locator("#map").bounding_box()
+        screen = np.array(Image.open(io.BytesIO(tab.screenshot())).convert("RGB")).astype(int)
     assert picture is not None
     assert view is not None
     assert tiles.referers == {f"{api.base_url}/"}
