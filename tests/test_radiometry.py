@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -184,6 +184,34 @@ def test_one_date_with_its_bands_swapped_is_named(tmp_path: Path) -> None:
     assert warning.code == "bands_suspected_swapped"
     assert "'20210515.tif' (2021-05-15): red (B04) is far brighter" in warning.detail
     assert codes(opened(files)) == []
+
+
+# --- pixels_repeated ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda own, other: own, None),
+        (lambda own, other: other, "'20210205.tif' (2021-02-05), '20210305.tif' (2021-03-05) have"),
+        (lambda own, other: own * [[[1]], [[1]], [[0]]], "all clear pixels sampled of B08 are 0"),
+        (lambda own, other: own[[0, 1, 1]], "B04 and B08 are equal in all clear pixels sampled"),
+    ],
+)
+def test_pixels_that_no_two_images_have_alike_are_named(
+    tmp_path: Path, change: Callable, said: str | None
+) -> None:
+    rng = np.random.default_rng(3)
+    ground = np.array([400, 500, 3000])[:, None, None]
+    dates = [ground + rng.integers(0, 300, (3, 20, 20)) for _ in range(5)]
+    dates[2] = change(dates[2], dates[1])
+    files = [
+        write(tmp_path / f"20210{n}05.tif", own.astype(np.uint16), descriptions=BANDS)
+        for n, own in enumerate(dates, 1)
+    ]
+    warnings = found(opened(files))
+    assert [warning.code for warning in warnings] == (["pixels_repeated"] if said else [])
+    assert all(said in warning.detail for warning in warnings)
 
 
 def test_imagery_without_near_infrared_is_not_judged_for_it(tmp_path: Path) -> None:

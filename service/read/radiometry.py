@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from hashlib import blake2b
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,7 +200,7 @@ def calibrate(
     Returns:
         The stack with corrected scale, offset and nodata of its planes, and any of the warnings
         `offset_applied`, `baseline_offset_suspected`, `scale_suspected`, `nodata_assumed`,
-        `nodata_suspected`, `bands_suspected_swapped`.
+        `nodata_suspected`, `bands_suspected_swapped`, `pixels_repeated`.
 
     Raises:
         ImplausibleReflectance: the median of the clear values, of all dates or of one, is outside
@@ -224,6 +226,7 @@ def calibrate(
             *_like_landsat(sample, clear),
             *_other_units(sample, values),
             *_swapped(sample, values, clear),
+            *_repeated(sample),
         ]
     corrected = _with_planes(stack, sample)
     stated = _offsets_in_words(corrected, positions)
@@ -945,6 +948,59 @@ def _swapped_on(names: str, share: float, where: str) -> StackWarning:
         detail=f"{names}red (B04) is far brighter than near infrared (B08) in {share:.0%} of the "
         f"clear pixels sampled{where}; check the order of the bands",
     )
+
+
+def _repeated(sample: _Sample) -> Iterator[StackWarning]:
+    """Warnings about pixels that no two images have alike: a file saved twice, or an empty band.
+
+    Bands of one date that are equal, a band of one number beside others that vary, and dates with
+    equal pixels in all bands.
+    """
+    equal: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for t, (stored, valid) in enumerate(zip(sample.stored, sample.valid, strict=True)):
+        own = stored[:, valid]
+        if own.shape[1] < _ALIKE_PIXELS:
+            continue
+        varies = own.min(axis=1) < own.max(axis=1)
+        for c in np.flatnonzero(~varies) if varies.any() else ():
+            equal[sample.bands[c], f"{own[c, 0]:g}"].append(t)
+        for one, other in combinations(np.flatnonzero(varies).tolist(), 2):
+            if np.array_equal(own[one], own[other]):
+                equal[sample.bands[one], sample.bands[other], ""].append(t)
+    for what, ts in equal.items():
+        words = f"all clear pixels sampled of {what[0]} are {what[1]}"
+        if len(what) > 2:
+            words = f"{what[0]} and {what[1]} are equal in all clear pixels sampled"
+        yield _repeats(f"{sample.names(ts)}: {words}, so that a band seems to be missing or named "
+                       "wrongly: check the file, or leave out that date")  # fmt: skip
+    dates = _equal_dates(sample)
+    if 0 < 2 * len(dates) <= len(sample.positions):
+        yield _repeats(
+            f"{sample.names(dates)} have the same pixels in all bands, so that one image seems to "
+            "have been saved under two dates: check them, or leave out one"
+        )
+
+
+def _equal_dates(sample: _Sample) -> list[int]:
+    """Positions of dates whose pixels, at some place, are those of another date there."""
+    seen: dict[tuple[int, bytes], int] = {}
+    found: set[int] = set()
+    for t, places in enumerate(sample.places):
+        length = sample.valid.shape[1] // len(places)
+        for k, place in enumerate(places):
+            at = slice(k * length, (k + 1) * length)
+            own = sample.stored[t, :, at][:, sample.valid[t, at]]
+            if own.shape[1] < _ALIKE_PIXELS or (own.min(axis=1) == own.max(axis=1)).all():
+                continue
+            digest = blake2b(sample.stored[t, :, at].tobytes()).digest()
+            first = seen.setdefault((place, digest), t)
+            if first != t:
+                found |= {first, t}
+    return sorted(found)
+
+
+def _repeats(detail: str) -> StackWarning:
+    return StackWarning(code="pixels_repeated", detail=detail)
 
 
 # Sampling ---------------------------------------------------------------------------------------
