@@ -180,6 +180,11 @@ def test_no_georeference(tmp_path: Path) -> None:
         opened(scene(tmp_path / "a.tif", crs=None))
     with pytest.raises(NoGeoreference, match=r"'b\.tif' has the CRS EPSG:32631 but no transform"):
         opened(scene(tmp_path / "b.tif", transform=Affine.identity()))
+    # Metres in a CRS of degrees, and latitude before longitude.
+    for name, corner in (("c.tif", (500_000, 5_600_000)), ("d.tif", (51, 121))):
+        place = Affine(1e-4, 0, corner[0], 0, -1e-4, corner[1])
+        with pytest.raises(NoGeoreference, match=f"middle of '{name}' is at .* no place in EPSG"):
+            opened(scene(tmp_path / name, crs="EPSG:4326", transform=place))
 
 
 def test_the_size_limit_is_checked_from_headers(tmp_path: Path) -> None:

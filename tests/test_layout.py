@@ -133,6 +133,24 @@ def test_tags_and_names_of_different_dates_are_named(tmp_path: Path, tag: str) -
     assert stack("2021-01-02", "2021-01-03").warnings == ()  # a day apart: time zones
 
 
+def test_names_and_descriptions_of_different_dates_are_named(tmp_path: Path) -> None:
+    names = ("B02", "B04", "B08")
+    pixels = bands_of(*((name, 1) for name in names))
+    files = [
+        write(
+            tmp_path / f"x_{day}.tif",
+            pixels,
+            descriptions=[f"{name}_2021-03-0{n}" for name in names],
+        )
+        for n, day in ((1, "20210301"), (2, "20210115"))
+    ]
+    stack = opened(files, mask="none")
+    assert stack.dates == (D2, date(2021, 3, 1))
+    (warning,) = stack.warnings
+    assert warning.code == "dates_contradicted"
+    assert "'x_20210115.tif' has the date 2021-01-15 in its name and 2021-03-02" in warning.detail
+
+
 def test_names_from_addresses_are_decoded(tmp_path: Path) -> None:
     """The digits of %20 are not those of a date."""
     made = [one_date(tmp_path / f"{t}.tif", t) for t in (1, 2)]

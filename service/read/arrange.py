@@ -367,7 +367,7 @@ def _tags_contradicted(
     file, tagged, named = other[0]
     used = next((slot.day for slot in slots if slot.file is file), None)
     detail = (
-        f"'{file.name}' has the date {named} in its name and {tagged} in its tags "
+        f"'{file.name}' has the date {named} in its name and {tagged} in its tags or bands "
         f"({len(other)} of {counted(count, 'file')} are so): {used} is used; give `dates` to decide"
     )
     return StackWarning(code="dates_contradicted", detail=detail)

@@ -361,6 +361,8 @@ def _is_of_writing(
 def days_in_conflict(files: Sequence[DescribedFile]) -> list[tuple[DescribedFile, date, date]]:
     """Files whose tags and names state different dates: the file, the tag's and the name's date.
 
+    The date of a file's bands, by their tags or descriptions, counts like a tag of the file.
+
     Names without a date that varies say nothing about the acquisition.
     """
     named = named_days([file.name for file in files])
@@ -369,8 +371,8 @@ def days_in_conflict(files: Sequence[DescribedFile]) -> list[tuple[DescribedFile
     both = zip(files, _tag_days(files), named, strict=True)
     return [
         (file, tag, name)
-        for file, tag, name in both
-        if tag and name and name_contradicts(file.name, tag)
+        for file, own, name in both
+        if (tag := own or file.only_day) and name and name_contradicts(file.name, tag)
     ]
 
 

@@ -27,6 +27,8 @@ from service.read.geotiff import Header
 Bounds = tuple[float, float, float, float]
 """Left, bottom, right, top."""
 Resampling = Literal["bilinear", "nearest"]
+_POLE, _FARTHEST = 90.0, 540.0
+"""Largest latitude and longitude, degrees; longitudes may go around the Earth once more."""
 _TOLERANCE = 1e-3
 """Tolerance of a corner's position, in pixels."""
 _CRS_AND_SIZE = re.compile(r"\s*(?P<crs>[^@]+?)\s*@\s*(?P<size>[0-9.eE+-]+)\s*")
@@ -148,13 +150,22 @@ def _grid_of(header: Header) -> Grid:
             f"'{header.name}' has {header.placed_by} in place of a CRS and transform: bring it to "
             "a grid first, as with gdalwarp -t_srs EPSG:32631 -tr 10 10"
         )
-    return Grid.of(
+    grid = Grid.of(
         header.name,
         crs=header.crs,
         transform=header.transform,
         width=header.width,
         height=header.height,
     )
+    x, y = grid.transform @ (grid.width / 2, grid.height / 2)
+    if grid.crs.is_geographic and (abs(y) > _POLE or abs(x) > _FARTHEST):
+        raise NoGeoreference(
+            f"the middle of '{header.name}' is at {x:.10g}, {y:.10g}, which is no place in "
+            f"{crs_name(grid.crs)}, whose unit is degrees, longitude first: assign the CRS of "
+            "these coordinates, or the right ones, as with gdal_translate -a_srs EPSG:32631 or "
+            "-a_ullr"
+        )
+    return grid
 
 
 def _one_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
