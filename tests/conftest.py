@@ -63,8 +63,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Look for garbage from here on, but not among the objects of imports and tests: they stay."""
-    gc.collect()
+    """Look for garbage from here on, but not among the objects of imports and tests.
+
+    They stay. So does what is garbage already: to look for it takes a second.
+    """
     gc.freeze()
     gc.enable()
 
