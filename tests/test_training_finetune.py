@@ -504,6 +504,33 @@ class TestCalibration:
         np.add.at(complete, (labels, predicted), 1)
         np.testing.assert_array_equal(matrices.sum(axis=0), complete)
 
+    def test_intervals_are_of_places_drawn_with_replacement(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("training.score_tables.RESAMPLES", 40)
+        rng = np.random.default_rng(0)
+        places, labels = np.arange(120) % 12, rng.integers(4, size=120)
+        seeds = [
+            {"logits": rng.normal(size=(120, 4)), "labels": labels, "places": places}
+            for _ in range(2)
+        ]
+        draws = np.random.default_rng(0)
+        members = [np.flatnonzero(places == place) for place in range(12)]
+        drawn: dict[str, list[float]] = {"accuracy": [], "macro-F1": []}
+        for _ in range(40):
+            often = draws.multinomial(12, np.full(12, 1 / 12))
+            chosen = np.concatenate([np.tile(m, n) for m, n in zip(members, often, strict=True)])
+            truth, found = labels[chosen], [s["logits"][chosen].argmax(axis=1) for s in seeds]
+            drawn["accuracy"].append(np.mean([(f == truth).mean() for f in found]))
+            classes = np.unique(truth)
+            drawn["macro-F1"].append(
+                np.mean([f1_score(truth, f, labels=classes, average="macro") for f in found])
+            )
+        row = outputs_row("a", seeds)
+        for name, values in drawn.items():
+            score = row.scores[name]
+            assert (score.low, score.high) == pytest.approx(np.quantile(values, (0.025, 0.975)))
+
 
 class TestCommand:
     def test_settings_change_the_configuration(self) -> None:
@@ -635,6 +662,7 @@ TINY_PRETRAINING = PretrainConfig(
     steps=2,
     groups=2,
     per_group=8,
+    measured_batches=1,
     series_views=0,
     imagery_views=0,
     side=16,

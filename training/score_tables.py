@@ -114,7 +114,7 @@ def _class_scores(seeds: Sequence[Outputs]) -> dict[str, Score]:
     return {
         "accuracy": interval(
             matrices,
-            lambda c: float(np.trace(c) / c.sum()),
+            lambda c: np.trace(c, axis1=-2, axis2=-1) / c.sum(axis=(-2, -1)),
             [float((p == labels).mean()) for p in predicted],
         ),
         "macro-F1": interval(matrices, _macro_f1, [macro_f1(p, labels, many) for p in predicted]),
@@ -130,10 +130,12 @@ def place_confusions(predicted: Ints, labels: Ints, places: Ints, classes: int) 
     return counts.reshape(-1, classes, classes).astype(np.float64)
 
 
-def _macro_f1(confusion: Floats) -> float:
-    there = confusion.sum(axis=1) > 0
-    both = confusion.sum(axis=0) + confusion.sum(axis=1)
-    return float((2 * np.diag(confusion)[there] / both[there]).mean())
+def _macro_f1(confusion: Floats) -> Floats:
+    """Of confusion matrices (..., K, K): the mean over the classes that each has (...)."""
+    there = confusion.sum(axis=-1) > 0
+    both = confusion.sum(axis=-2) + confusion.sum(axis=-1)
+    f1 = 2 * np.diagonal(confusion, axis1=-2, axis2=-1) / np.maximum(both, 1)
+    return np.asarray(f1.mean(axis=-1, where=there))
 
 
 def _errors(seeds: Sequence[Outputs]) -> dict[str, Score]:
@@ -155,27 +157,29 @@ def _errors(seeds: Sequence[Outputs]) -> dict[str, Score]:
         )
 
     def rmse(c: Floats) -> Floats:
-        return np.asarray(np.sqrt(c[0] / c[1]))
+        return np.asarray(np.sqrt(c[..., 0, :] / c[..., 1, :]))
 
-    def of_index(place: int) -> Callable[[Floats], float]:
-        return lambda c: float(rmse(c)[place])
+    def of_index(place: int) -> Callable[[Floats], Floats]:
+        return lambda c: rmse(c)[..., place]
 
     out = {
         f"RMSE {index.upper()}": interval(sums, of_index(i), [s["rmse"][index] for s in found])
         for i, index in enumerate(found[0]["rmse"])
     }
     out["RMSE mean"] = interval(
-        sums, lambda c: float(rmse(c).mean()), [s["rmse_mean"] for s in found]
+        sums, lambda c: rmse(c).mean(axis=-1), [s["rmse_mean"] for s in found]
     )
     if seeds[0]["quantiles"].shape[-1] > 1:
         out["coverage"] = interval(
-            sums, lambda c: float(c[2].sum() / c[1].sum()), [s["coverage"] for s in found]
+            sums,
+            lambda c: c[..., 2, :].sum(axis=-1) / c[..., 1, :].sum(axis=-1),
+            [s["coverage"] for s in found],
         )
     return out
 
 
 def interval(
-    seeds: Sequence[Floats], score: Callable[[Floats], float], values: Sequence[float]
+    seeds: Sequence[Floats], score: Callable[[Floats], Floats], values: Sequence[float]
 ) -> Score:
     """95 % interval of a mean over seeds, by drawing places with replacement.
 
@@ -183,15 +187,14 @@ def interval(
 
     Args:
         seeds: for each seed, the terms of the score by place (P, ...).
-        score: computes the score from the sum of the terms over places (...).
+        score: computes the scores (R) of resamples from the sums of their terms over places
+            (R, ...).
         values: for each seed, the score of all places without resampling.
     """
     rng = np.random.default_rng(0)
     places = len(seeds[0])
-    drawn = []
-    for _ in range(RESAMPLES):
-        weights = rng.multinomial(places, np.full(places, 1 / places))
-        drawn.append(np.mean([score(np.tensordot(weights, sums, axes=1)) for sums in seeds]))
+    weights = rng.multinomial(places, np.full(places, 1 / places), size=RESAMPLES).astype(float)
+    drawn = np.mean([score(np.tensordot(weights, sums, axes=1)) for sums in seeds], axis=0)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return _score(values, (float(low), float(high)))
 
