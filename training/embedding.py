@@ -47,6 +47,8 @@ PATCH = 64
 MIN_OBSERVATIONS = 4
 """Clear observations of a pixel that is probed."""
 _BATCH = 256
+RETRIEVAL_BATCHES = 16
+"""Batches of held-out pairs on which retrieval is measured."""
 _PROBED_PATCHES = 5000
 _DESCRIPTIONS = {
     "embed-pixel": (
@@ -198,7 +200,7 @@ def measure_retrieval(
             f"or of one alone; candidates closer than {config.near:g} pixels left out"
         ),
     }
-    several = config.model_copy(update={"measured_batches": 16})
+    several = config.model_copy(update={"measured_batches": RETRIEVAL_BATCHES})
     for name in ("all", *sorted({s.source for s in sources.held_out})):
         part = replace(sources, held_out=[s for s in sources.held_out if name in {"all", s.source}])
         run = Pretraining(several, part, folder, torch.device("cpu"))
