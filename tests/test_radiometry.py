@@ -397,6 +397,7 @@ def test_without_blue_the_red_band_warns(tmp_path: Path) -> None:
         ({"BOA_ADD_OFFSET": "-1000", "BOA_QUANTIFICATION_VALUE": "10000"}, {}, "", "BOA_ADD"),
         ({"PROCESSING_BASELINE": "05.09"}, {}, "", "processing baseline 05.09"),
         ({"s2:processing_baseline": "04.00"}, {}, "", "processing baseline 04.00"),
+        ({"PROCESSING_BASELINE": "N0509"}, {}, "", "processing baseline 05.09"),
         ({}, {}, "S2B_MSIL2A_20230605T104421_N0509_R008_", "processing baseline 05.09"),
         ({"earthsearch:boa_offset_applied": "false"}, {}, "", "boa_offset_applied"),
         ({"offset": "-0.1"}, {}, "", "the tag `offset`"),
@@ -431,7 +432,11 @@ def test_an_offset_that_was_applied_before_is_not_applied_again(tmp_path: Path, 
 
 @pytest.mark.parametrize(
     "tags",
-    [{"earthsearch:boa_offset_applied": "true"}, {"PROCESSING_BASELINE": "02.09"}],
+    [
+        {"earthsearch:boa_offset_applied": "true"},
+        {"PROCESSING_BASELINE": "02.09"},
+        {"PROCESSING_BASELINE": "0209"},
+    ],
 )
 def test_tags_may_say_that_there_is_no_offset(tmp_path: Path, tags: dict) -> None:
     stack = opened([field(tmp_path / f"{day}.tif", tags=tags) for day in AFTER])

@@ -37,6 +37,7 @@ _BASELINE_WITH_OFFSET = 4.0
 _QUANTIFICATION = 10_000.0
 _MOST_REFLECTANCE = 2.0
 """No offset of reflectance is larger."""
+_BASELINE_TEXT = re.compile(r"N?(\d{1,2}?)(?:\.(\d+)|(\d\d))?")  # 05.09, 5.09, 0509, N0509, 509
 _NAMED_BASELINE = re.compile(r"_N(\d{2})(\d{2})_")
 
 
@@ -156,10 +157,9 @@ def _baseline(header: Header) -> float | None:
     tags = dict(map(with_full_name, header.tags.items()))
     tagged = next((v for k, v in tags.items() if k.endswith("processing_baseline")), "")
     named = _NAMED_BASELINE.search(header.name)
-    try:
-        return float(tagged.strip() or (f"{named[1]}.{named[2]}" if named else ""))
-    except ValueError:
-        return None
+    if stated := _BASELINE_TEXT.fullmatch(tagged.strip()):
+        return float(f"{stated[1]}.{stated[2] or stated[3] or 0}")
+    return float(f"{named[1]}.{named[2]}") if named else None
 
 
 _BY_BAND = ("scale", "scale_factor", "offset", "add_offset")

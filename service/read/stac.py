@@ -497,7 +497,12 @@ def _calibration(stated: Document) -> dict[str, str]:
 
 
 def _number(value: object) -> float | None:
-    """A finite number; None for any other value, such as the texts "nan" and "inf"."""
+    """A finite number, also in a text; None for any other value, such as "nan" and "inf"."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < float("inf") else None
