@@ -509,7 +509,9 @@ def test_a_mismatch_names_a_suitable_grid(tmp_path: Path) -> None:
         scene(tmp_path / "20210105.tif", numbers()),
         scene(tmp_path / "20210115.tif", numbers(), transform=MOVED),
     ]
-    with pytest.raises(GridMismatch, match="grid=finest brings all files"):
+    with pytest.raises(
+        GridMismatch, match=r"\(1 of 2 files differ\); grid=finest brings all files"
+    ):
         opened(*files)
     assert opened(*files, grid="finest", mask="none").grid.width == 7
     files[1] = scene(tmp_path / "20210125.tif", numbers(), crs="EPSG:32632")

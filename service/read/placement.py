@@ -175,15 +175,18 @@ def _one_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
         GridMismatch: two grids differ; the message states both and a suitable `grid`.
     """
     first = grids[0]
-    checked = {id(first)}
+    differs: dict[int, str | None] = {id(first): None}
     for header, grid in zip(headers, grids, strict=True):
-        if id(grid) in checked:
-            continue
-        checked.add(id(grid))
-        try:
-            first.check_same(headers[0].name, grid, header.name)
-        except GridMismatch as error:
-            raise GridMismatch(f"{error.detail}; {_advice(grids)}") from None
+        if id(grid) not in differs:
+            try:
+                first.check_same(headers[0].name, grid, header.name)
+                differs[id(grid)] = None
+            except GridMismatch as error:
+                differs[id(grid)] = error.detail
+    detail = next((one for one in differs.values() if one), None)
+    if detail:
+        other = sum(differs[id(grid)] is not None for grid in grids)
+        raise GridMismatch(f"{detail} ({other} of {len(grids)} files differ); {_advice(grids)}")
     return first
 
 
