@@ -58,9 +58,12 @@ KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 _TINY = [("tiny", "sync"), ("tiny", "async")]
 # The clients differ only in how they send, which the tiny bundles show. Only what depends on what a
 # bundle describes, such as its bands, classes and horizon, is shown with the zoo's too.
-SERVICES = pytest.mark.parametrize(("url", "kind"), [*_TINY, ("zoo", "async")], indirect=["url"])
+# The scope groups the tests by service: without it, one starts whenever the parameter changes.
+SERVICES = pytest.mark.parametrize(
+    ("url", "kind"), [*_TINY, ("zoo", "async")], indirect=["url"], scope="module"
+)
 # Behaviour that does not depend on the models.
-TINY = pytest.mark.parametrize(("url", "kind"), _TINY, indirect=["url"])
+TINY = pytest.mark.parametrize(("url", "kind"), _TINY, indirect=["url"], scope="module")
 COMMAND = pytest.mark.parametrize("url", ["tiny"], indirect=True)
 ROOT = Path(__file__).parents[1]
 H, W, T = 70, 90, 12
@@ -610,7 +613,7 @@ def test_a_retry_is_served_when_a_queue_slot_becomes_free(guarded, paths):
 
 
 @pytest.mark.usefixtures("shared_data")
-@pytest.mark.parametrize(("url", "kind"), [("zoo", "async")], indirect=["url"])
+@pytest.mark.parametrize(("url", "kind"), [("zoo", "async")], indirect=["url"], scope="module")
 def test_a_real_stack_is_classified(url, kind, shared_data):
     files = sorted((shared_data / "flanders_2017_2018").glob("*2018*.tif"))[::3]
     with connected(kind, url) as client:
