@@ -1028,6 +1028,8 @@ def test_req_ogc_process_description_input_def(
 ) -> None:
     check_schemas(schemas_of(descriptions, "inputs"))
     known = descriptions[0]["inputs"]
+    # Two outputs of all: polygons of noise would take longer than the rest.
+    maps: dict[str, Any] = {"class": {}, "probabilities": {}}
     for name, good, bad in (
         ("smooth", [0, 10], [-1, 11, 1.5, "a"]),
         ("min_area", [0, 2.5], [-1, "a"]),
@@ -1043,7 +1045,8 @@ def test_req_ogc_process_description_input_def(
         validator = json_schema().Draft4Validator(known[name]["schema"])
         for value in good:
             assert validator.is_valid(value), (name, value)
-            response = execute(api, inputs={"files": links, name: value}, outputs={})
+            inputs = {"files": links, name: value}
+            response = execute(api, inputs=inputs, outputs={} if name == "points" else maps)
             assert response.status_code == 200, response.text
         for value in bad:
             assert not validator.is_valid(value), (name, value)
