@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,26 @@ def test_a_head_a_little_over_the_limit_is_a_problem_response(api: httpx.Client)
         head = b"GET /health/live HTTP/1.1\r\nHost: a\r\nX-One: " + b"a" * 2**16 + b"\r\n\r\n"
         connection.sendall(head)
         assert problem(rest_of(connection)) == (431, "header_too_large")
+
+
+def test_many_rejected_heads_of_one_address_are_delayed(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond ten of them; a client would otherwise keep the event loop busy with such heads."""
+    monkeypatch.setattr("service.api.auth._FIRST_PAUSE", 3600.0)
+    monkeypatch.setattr("service.api.auth._LONGEST_PAUSE", 3600.0)
+    with served(model_dir=zoo) as api, contextlib.ExitStack() as held:
+        head = b"GET /health/live HTTP/1.1\r\nHost: a\r\nX-One: " + b"a" * 2**16 + b"\r\n\r\n"
+        for _ in range(10):
+            with connected(api) as connection:
+                connection.sendall(head)
+                assert problem(rest_of(connection)) == (431, "header_too_large")
+        late = held.enter_context(connected(api))
+        late.sendall(head)
+        reason = 'pimc_connections_given_up_total{reason="header_too_large"}'
+        assert soon(lambda: metric(api, reason) == 11)
+        assert api.get("/health/live").status_code == 200
+        assert select.select([late], [], [], 0)[0] == []
 
 
 def test_a_head_below_the_limit_passes(api: httpx.Client) -> None:

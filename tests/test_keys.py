@@ -21,7 +21,7 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle, write_zoo
 from models.registry import Registry
 from service.api import auth
-from service.api.auth import ApiKeys, Refusals, address_of, read_keys, share_of
+from service.api.auth import ApiKeys, Delays, address_of, read_keys, share_of
 from service.errors import Unauthorized
 from service.infer.engine import Engine
 from service.jobs.heads import HeadStore
@@ -266,22 +266,22 @@ def test_models_of_one_owner_meet_those_of_another(zoo: Path, tmp_path: Path) ->
 # Refused keys -------------------------------------------------------------------------------
 
 
-def test_refusals_of_one_address_wait_longer_and_longer() -> None:
-    refusals = Refusals()
-    pauses = [refusals.pause("192.0.2.1", 0.0) for _ in range(20)]
-    assert pauses[:10] == [0.0] * 10
-    assert pauses[10:13] == [0.1, 0.2, 0.4]
-    assert pauses[-1] == 5.0
-    assert refusals.pause("192.0.2.2", 0.0) == 0.0
-    assert refusals.pause("192.0.2.1", 200.0) == 5.0
-    assert refusals.pause("192.0.2.1", 600.0) == 0.0
+def test_rejections_of_one_address_wait_longer_and_longer() -> None:
+    delays = Delays()
+    pauses = [delays.pause("192.0.2.1", 0.0) for _ in range(20)]
+    assert pauses[:10] == [(0.0, number) for number in range(1, 11)]
+    assert [pause for pause, _ in pauses[10:13]] == [0.1, 0.2, 0.4]
+    assert pauses[-1] == (5.0, 20)
+    assert delays.pause("192.0.2.2", 0.0) == (0.0, 1)
+    assert delays.pause("192.0.2.1", 200.0) == (5.0, 21)
+    assert delays.pause("192.0.2.1", 600.0) == (0.0, 1)
 
 
-def test_the_table_of_refusals_is_bounded() -> None:
-    refusals = Refusals()
+def test_the_table_of_rejections_is_bounded() -> None:
+    delays = Delays()
     for number in range(10_000):
-        refusals.pause(str(number), 0.0)
-    assert len(refusals._by_address) <= 4096
+        delays.pause(str(number), 0.0)
+    assert len(delays._by_address) <= 4096
 
 
 @pytest.mark.parametrize(

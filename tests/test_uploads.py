@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from pimc_client import Client, PIMCError
 from service.api.middleware import LingeringCloseMiddleware
+from service.api.uploads import _FormReader
 from tests.kits.clock import JumpingClock
 from tests.kits.marks import in_all_tests
-from tests.kits.patience import PATIENCE
+from tests.kits.metrics import metric
+from tests.kits.patience import PATIENCE, soon
 from tests.kits.sockets import response_of
 
 LARGE = 24 * 2**20  # more than the buffers of both sockets
@@ -32,7 +36,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def api(zoo: Path) -> Iterator[httpx.Client]:
-    with served(model_dir=zoo, api_keys=("key",), max_body_bytes=300_000) as client:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        served(model_dir=zoo, api_keys=("key",), max_body_bytes=300_000) as client,
+    ):
+        patch.setattr("service.api.middleware._EARLY_RATE", 2**40)  # these tests send many bodies
         yield client
 
 
@@ -146,6 +154,74 @@ def test_the_rest_of_a_body_is_read_up_to_a_limit() -> None:
     read, sent = ran(0.7, size=10**9, seconds=3)
     assert read == 5000  # at once, and after 0.7, 1.4, 2.1 and 2.8 s
     assert sent[-1].get("more_body", False) is False
+
+
+def test_early_responses_to_a_caller_with_many_bodies_are_delayed() -> None:
+    """Otherwise a few clients that repeat a rejected upload keep the event loop busy."""
+    responses: list[tuple[str, float]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 429, "headers": []})
+        responses.append((scope["state"]["caller"], anyio.current_time()))
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def ignore(_: Any) -> None: ...
+
+    lingering = LingeringCloseMiddleware(app)
+
+    async def reject(caller: str, length: int) -> None:
+        headers = [(b"content-length", str(length).encode())]
+        scope = {"type": "http", "headers": headers, "state": {"caller": caller}}
+        await lingering(scope, receive, ignore)
+
+    async def run() -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(20):
+                group.start_soon(reject, "hog", 2**24)
+            group.start_soon(reject, "other", 2**24)
+            for _ in range(1000):
+                group.start_soon(reject, "small", 100)
+
+    anyio.run(run, backend_options={"loop_factory": JumpingClock})
+    begun = min(at for _, at in responses)
+
+    def times(caller: str) -> list[float]:
+        return [round(at - begun, 2) for name, at in responses if name == caller]
+
+    # 128 MiB at once, and then 32 MiB per second.
+    # The clock jumps by at least a millisecond, and the delays of one caller add up.
+    assert times("hog") == pytest.approx([0.0] * 8 + [0.5 * n for n in range(1, 13)], abs=0.1)
+    assert times("other") == [0.0]
+    assert times("small") == [0.0] * 1000
+
+
+def test_a_few_threads_receive_all_bodies(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop, and with it health, waits behind every thread that runs Python."""
+    inside: list[int] = []
+    opened = threading.Event()
+    feed = _FormReader.feed
+
+    def held(reader: _FormReader, batch: Any) -> None:
+        inside.append(1)
+        assert opened.wait(PATIENCE)
+        feed(reader, batch)
+
+    monkeypatch.setattr(_FormReader, "feed", held)
+    with served(model_dir=zoo, max_concurrency=4) as client, ThreadPoolExecutor(6) as pool:
+        form = {"files": ("a.tif", b"no raster")}
+        sent = [pool.submit(client.post, "/embed", files=form) for _ in range(6)]
+        try:
+            # The request for the metrics is the seventh.
+            assert soon(lambda: metric(client, "pimc_requests_in_flight") == 7)
+            assert soon(lambda: len(inside) >= 2)
+            assert client.get("/health/live").status_code == 200
+            assert len(inside) == 2
+        finally:
+            opened.set()
+        assert [one.result().json()["code"] for one in sent] == ["not_a_geotiff"] * 6
 
 
 # Slow uploads -------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
 
@@ -39,6 +39,10 @@ _UPLOADS_PER_QUEUE_SLOT = 2
 _RETRY_SECONDS = 5
 _FRESH_SECONDS = 1.0
 """Seconds at the start of an upload in which it cannot be behind the minimum rate."""
+_INTAKE_THREADS = 2
+"""Number of threads that receive bodies. Python runs one thread at a time, and the event loop waits
+for its turn behind each of them: forty such threads delay health checks by hundreds of
+milliseconds, and receive no faster."""
 
 
 class Admitted:
@@ -49,10 +53,24 @@ class Admitted:
         rate: bytes per second that the upload must keep.
         disk: space for bodies on disk.
         memory: space for bodies in memory.
+        intake: see `Admission.intake`.
+        parsers: the turn to parse a long body.
     """
 
-    def __init__(self, caller: str, rate: float, disk: Room, memory: Room) -> None:
+    def __init__(
+        self,
+        caller: str,
+        rate: float,
+        *,
+        disk: Room,
+        memory: Room,
+        intake: anyio.CapacityLimiter,
+        parsers: FairSlots,
+    ) -> None:
         self.caller = caller
+        self.intake = intake
+        """Threads for short work on bodies."""
+        self._parsers = parsers
         self.uploading = True
         """Whether a part of the body has not arrived yet."""
         self.given_up = False
@@ -75,6 +93,10 @@ class Admitted:
     def holds_slot(self) -> bool:
         """Whether the request holds a queue slot: it waits, runs, or its upload keeps the rate."""
         return not self.uploading or self.lag <= 0
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """The context of the caller's turn to parse a long body."""
+        return self._parsers.slot(self.caller)
 
     def received(self, count: int, *, in_memory: bool = False) -> None:
         """Count bytes of the body.
@@ -219,9 +241,11 @@ class Admission:
     ) -> None:
         self.runs = FairSlots(run_slots)
         """The run slots."""
-        self.parsers = FairSlots(1)
-        """The turn to parse a long body: Python runs one such thread at a time anyway, and requests
-        whose client leaves meanwhile are not parsed."""
+        self.intake = anyio.CapacityLimiter(_INTAKE_THREADS)
+        """Threads for short work on bodies: their folders, parts and parameters."""
+        # The turn to parse a long body: Python runs one such thread at a time anyway, and requests
+        # whose client leaves meanwhile are not parsed.
+        self._parsers = FairSlots(1)
         self._upload_rate = upload_rate
         self._most_requests = most_requests
         self._given_up = given_up
@@ -276,7 +300,14 @@ class Admission:
             TooManyRequests: the caller has the largest allowed number of requests at once.
         """
         self._make_room(caller)
-        admitted = Admitted(caller, self._upload_rate, self._disk, self._memory)
+        admitted = Admitted(
+            caller,
+            self._upload_rate,
+            disk=self._disk,
+            memory=self._memory,
+            intake=self.intake,
+            parsers=self._parsers,
+        )
         self._admitted[admitted] = None
         try:
             yield admitted

@@ -283,18 +283,47 @@ def _unnamed(key_hash: str) -> str:
     return hashlib.sha256(f"caller {key_hash}".encode()).hexdigest()[:16]
 
 
-_FREE_REFUSALS = 10
-"""Refused keys of one address whose responses are not delayed."""
+_FREE_REJECTIONS = 10
+"""Rejections of one address that are not delayed."""
 _FORGET_SECONDS = 300.0
-"""Seconds without a refused key after which an address's count restarts."""
+"""Seconds without a rejection after which an address's count restarts."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_ADDRESSES = 4096
 
 
+class Delays:
+    """Seconds by which rejections of one address are delayed, beyond ten within five minutes.
+
+    Only rejections are delayed, not responses to other clients at the same address.
+    """
+
+    def __init__(self) -> None:
+        # By address, the most recent one last: count, and time of the last by the loop's clock.
+        self._by_address: OrderedDict[str, tuple[int, float]] = OrderedDict()
+
+    def pause(self, address: str, now: float) -> tuple[float, int]:
+        """Count a rejection.
+
+        Args:
+            address: address of the client.
+            now: time in seconds, by a monotonic clock.
+
+        Returns:
+            Seconds to wait before the response (0 for the first ten, then 0.1, doubling up to 5),
+            and the number of the address's rejections.
+        """
+        number, last = self._by_address.pop(address, (0, now))
+        number = 1 if now - last > _FORGET_SECONDS else number + 1
+        self._by_address[address] = (number, now)
+        if len(self._by_address) > _MOST_ADDRESSES:
+            self._by_address.popitem(last=False)
+        beyond = number - _FREE_REJECTIONS - 1
+        pause = 0.0 if beyond < 0 else min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(beyond, 10))
+        return pause, number
+
+
 class Refusals:
     """Refused keys by address: logged, and delayed beyond ten of them within five minutes.
-
-    Only responses to wrong keys are delayed, not those to other clients at the same address.
 
     Args:
         counted: called for each refused key.
@@ -302,8 +331,7 @@ class Refusals:
 
     def __init__(self, counted: Callable[[], None] = lambda: None) -> None:
         self._counted = counted
-        # By address, the most recent one last: count, and time of the last by the loop's clock.
-        self._by_address: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._delays = Delays()
 
     async def refused(self, address: str) -> None:
         """Record a refused key, and wait before the response is sent.
@@ -311,31 +339,12 @@ class Refusals:
         Args:
             address: address of the client.
         """
-        pause = self.pause(address, anyio.current_time())
+        pause, number = self._delays.pause(address, anyio.current_time())
         self._counted()
-        number = self._by_address[address][0]
         fields = {"client": address, "refused": number, "pause": round(pause, 1)}
         _LOG.warning("API key refused", extra=fields)
         if pause:
             await sleep(pause)
-
-    def pause(self, address: str, now: float) -> float:
-        """Count a refused key.
-
-        Args:
-            address: address of the client.
-            now: time in seconds, by a monotonic clock.
-
-        Returns:
-            Seconds to wait before the response: 0 for the first ten, then 0.1, doubling up to 5.
-        """
-        number, last = self._by_address.pop(address, (0, now))
-        number = 1 if now - last > _FORGET_SECONDS else number + 1
-        self._by_address[address] = (number, now)
-        if len(self._by_address) > _MOST_ADDRESSES:
-            self._by_address.popitem(last=False)
-        beyond = number - _FREE_REFUSALS - 1
-        return 0.0 if beyond < 0 else min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(beyond, 10))
 
 
 def share_of(caller: str | None, scope: Scope) -> str:
@@ -354,7 +363,15 @@ def address_of(scope: Scope) -> str:
     Args:
         scope: ASGI scope of the request.
     """
-    host = (scope.get("client") or ("", None))[0]
+    return network_of((scope.get("client") or ("", None))[0])
+
+
+def network_of(host: str) -> str:
+    """An address as clients are counted: an IPv4 address, or the /64 network of an IPv6 address.
+
+    Args:
+        host: address of a client; returned as it is if it is no IP address.
+    """
     try:
         address = ipaddress.ip_address(host)
     except ValueError:  # a Unix socket, or a test without a network

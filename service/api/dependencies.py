@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -108,25 +109,28 @@ async def own_folder(
     a replica.
     """
     becomes_a_job = prefers(request.headers.getlist("prefer"))
-    async for folder in _folder((becomes_a_job and app.jobs.requests) or app.scratch.folder):
+    async for folder in _folder(app, (becomes_a_job and app.jobs.requests) or app.scratch.folder):
         yield folder
 
 
 async def job_folder(app: Annotated[AppState, Depends(app_state)]) -> AsyncIterator[Path]:
     """As `own_folder`, in the state directory: only the body states whether a job is made."""
-    async for folder in _folder(app.jobs.requests or app.scratch.folder):
+    async for folder in _folder(app, app.jobs.requests or app.scratch.folder):
         yield folder
 
 
-async def _folder(parent: Path) -> AsyncIterator[Path]:
+async def _folder(app: AppState, parent: Path) -> AsyncIterator[Path]:
     """A temporary folder in `parent`."""
-    folder = Path(await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="request-", dir=parent)))
+    intake = app.admission.intake
+    make = partial(tempfile.mkdtemp, prefix="request-", dir=parent)
+    folder = Path(await to_thread.run_sync(make, limiter=intake))
     try:
         yield folder
     finally:
         # Shielded, so that a cancelled request leaves no file.
         with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+            remove = partial(shutil.rmtree, folder, ignore_errors=True)
+            await to_thread.run_sync(remove, limiter=intake)
 
 
 # These two check nothing: they make Swagger UI prompt for a key and send it.

@@ -13,6 +13,7 @@ import anyio
 from anyio import to_thread
 from starlette.requests import Request
 
+from service.api.admission import Admitted
 from service.errors import Cancelled
 
 Result_co = TypeVar("Result_co", covariant=True)
@@ -46,28 +47,22 @@ def check_connected() -> None:
         raise Cancelled("the client disconnected while its request was read")
 
 
-async def in_turn(
-    parse: Callable[[], Result], *, size: int, turn: AbstractAsyncContextManager[None]
-) -> Result:
+async def in_turn(parse: Callable[[], Result], *, size: int, admitted: Admitted) -> Result:
     """Parse or write JSON in a thread; a long text in turn, as Python runs one thread at a time.
 
     Args:
         parse: the work.
         size: size of the text, bytes.
-        turn: context of the turn for a long text, entered before the work and left after it.
+        admitted: the admitted request.
     """
     if size <= SHORT_BODY:
-        return await to_thread.run_sync(parse)
-    async with turn:
+        return await to_thread.run_sync(parse, limiter=admitted.intake)
+    async with admitted.turn():
         return await to_thread.run_sync(parse)
 
 
 async def parse_body(
-    request: Request,
-    parse: Callable[[], Result],
-    *,
-    size: int,
-    turn: AbstractAsyncContextManager[None],
+    request: Request, parse: Callable[[], Result], *, size: int, admitted: Admitted
 ) -> Result:
     """Parse a body in a thread; a long one in turn, and for as long as the client stays connected.
 
@@ -75,12 +70,12 @@ async def parse_body(
         request: the request, whose body has been read to the end.
         parse: parses the body.
         size: size of the body, bytes.
-        turn: see `in_turn`.
+        admitted: the admitted request.
 
     Raises:
         Cancelled: the client disconnected before the body was parsed.
     """
-    parsing = in_turn(parse, size=size, turn=turn)
+    parsing = in_turn(parse, size=size, admitted=admitted)
     return await (parsing if size <= SHORT_BODY else unless_gone(request, parsing))
 
 

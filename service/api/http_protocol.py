@@ -2,7 +2,8 @@
 
     accept → below the limits? → head, in time and within its size? → application → response read?
                   │                        │                                              │
-       close an idle connection    408, 414, 431 or 400                     not in time: abort
+       close an idle connection   408, 414, 431 or 400, delayed             not in time: abort
+                                      if many are rejected
 
 The *head* of a request is its line and headers. uvicorn parses HTTP with httptools, which has no
 limits: it buffers a head of any size, and half a head keeps its socket open. This protocol counts
@@ -28,6 +29,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.api.auth import Delays, network_of
 from service.api.middleware import ABORT, SLOWEST_BYTES, STALL_SECONDS
 from service.api.problems import PROBLEM, problem_document
 from service.errors import (
@@ -90,6 +92,8 @@ class Connections:
         self._next_check: asyncio.TimerHandle | None = None
         self._changed = changed
         self.given_up = given_up
+        self.delays = Delays()
+        """Delays of rejected heads."""
         self._open: dict[BoundedProtocol, str] = {}
         self._of_address: Counter[str] = Counter()
         self._idle: dict[BoundedProtocol, None] = {}  # in the order in which they became idle
@@ -201,7 +205,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._connections = connections
         self._head_seconds = head_seconds
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_timer: asyncio.TimerHandle | None = None  # also that of a delayed rejection
         self._in_head = True
         self._heads = 0  # number of heads that have ended
         self._arrived = 0  # bytes of a head that has not ended
@@ -213,8 +217,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept a connection within the limits; reject it otherwise."""
         super().connection_made(transport)
-        address = self.client[0] if self.client else ""
-        if self._connections.enter(self, address):
+        if self._connections.enter(self, self._address):
             self._await_head()
             return
         self._connections.given_up("full")
@@ -224,6 +227,10 @@ class BoundedProtocol(HttpToolsProtocol):
                 "flight (PIMC_MAX_CONNECTIONS, PIMC_MAX_CONNECTIONS_PER_ADDRESS); retry after 5 s"
             )
         )
+
+    @property
+    def _address(self) -> str:
+        return network_of(self.client[0]) if self.client else ""
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Remove the connection from those that are counted."""
@@ -405,10 +412,23 @@ class BoundedProtocol(HttpToolsProtocol):
         self._reject(self._fault or malformed)
 
     def _reject(self, fault: PIMCError) -> None:
-        """Send a problem and close the connection."""
+        """Send a problem and close the connection, after a delay if the address has many.
+
+        A client that opens connections in a loop and sends such heads on them would otherwise keep
+        the event loop busy. During the delay nothing is read, and the connection counts.
+        """
         self._fault = fault
         self._stop_timer()
         self._connections.given_up(fault.code)
+        if self._in_head and not isinstance(fault, Overloaded):
+            pause, _ = self._connections.delays.pause(self._address, self.loop.time())
+            if pause and not self.transport.is_closing():
+                self.flow.pause_reading()
+                self._head_timer = self.loop.call_later(pause, self._send_problem, fault)
+                return
+        self._send_problem(fault)
+
+    def _send_problem(self, fault: PIMCError) -> None:
         request_id = uuid.uuid4().hex
         status = STATUS[fault.code]
         body = json.dumps(problem_document(fault, request_id)).encode()

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.auth import share_of
 from service.api.quotas import Limit, headers
 from service.api.sending import HEAD_ONLY
 from service.settings import SettingsError
@@ -441,6 +443,17 @@ class SlowClientMiddleware:
 
 _SHORT_REST = 2**20
 """Largest unread rest of a body that is read before an early response is sent, bytes."""
+_EARLY_RATE = 2**25
+"""Bytes per second of a caller's bodies that may be answered before they have arrived. One MiB of
+them takes about 2 ms of the event loop: a few clients that repeat a rejected upload without a pause
+would otherwise keep it busy."""
+_EARLY_BURST = 2**27
+"""Bytes of such bodies that are answered without a delay first."""
+_EARLY_LEAST = 2**16
+"""Bytes as which a shorter body counts, as its response takes time too."""
+_EARLY_SECONDS = 10.0
+"""Longest delay of such a response."""
+_MOST_CALLERS = 4096
 
 
 class LingeringCloseMiddleware:
@@ -449,7 +462,7 @@ class LingeringCloseMiddleware:
     A server that closes a connection with unread bytes resets it, and the reset may overtake the
     response. So a short rest of the body is read before the response, and the connection stays
     open. A long rest is read after the response for a limited time, and then the connection is
-    closed.
+    closed. Responses to a caller that sends many such bodies are delayed.
     """
 
     def __init__(
@@ -467,18 +480,25 @@ class LingeringCloseMiddleware:
         self._seconds = seconds
         self._size = size
         self._before_seconds = before_seconds
+        # By caller or address, the most recent one last: the time at which its bodies so far would
+        # have arrived at the limited rate (the generic cell rate algorithm, ITU-T I.371).
+        self._due: OrderedDict[str, float] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the application; read the rest of the body if the application did not."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Rest(receive, Headers(scope=scope))
+        headers = Headers(scope=scope)
+        body = _Rest(receive, headers)
         closing = False
 
         async def send_lingering(message: Message) -> None:
             nonlocal closing
             if message["type"] == "http.response.start":
+                if not body.ended:
+                    caller = share_of(scope.get("state", {}).get("caller"), scope)
+                    await anyio.sleep(self._delay(caller, headers.get("content-length", "")))
                 await body.read_on(_SHORT_REST, self._before_seconds)
                 closing = not body.ended
                 if closing:
@@ -490,6 +510,25 @@ class LingeringCloseMiddleware:
             await send(message)
 
         await self._app(scope, body.receive, send_lingering)
+
+    def _delay(self, caller: str, length: str) -> float:
+        """Count a body that is answered early.
+
+        Args:
+            caller: the caller's id, or the client's address without API keys.
+            length: the request's `Content-Length`; empty if it has none.
+
+        Returns:
+            Seconds to wait before the response.
+        """
+        size = int(length) if length.isdecimal() else self._size
+        now = anyio.current_time()
+        due = max(self._due.pop(caller, now), now)
+        due += min(max(size, _EARLY_LEAST), self._size) / _EARLY_RATE
+        self._due[caller] = due
+        if len(self._due) > _MOST_CALLERS:
+            self._due.popitem(last=False)
+        return min(max(0.0, due - now - _EARLY_BURST / _EARLY_RATE), _EARLY_SECONDS)
 
 
 class _Rest:

@@ -115,7 +115,7 @@ async def read_json(request: Request, limits: Limits, admitted: Admitted) -> byt
         for chunk in batch:
             body += chunk
     text = bytes(body)
-    admitted.reserve(await to_thread.run_sync(parsed_bytes, text))
+    admitted.reserve(await to_thread.run_sync(parsed_bytes, text, limiter=admitted.intake))
     return text
 
 
@@ -147,10 +147,11 @@ async def read_form(
     reader = _FormReader(boundary, folder, limits, vector)
     try:
         async for batch in _batches(request, limits.body_bytes, limits, admitted):
-            await to_thread.run_sync(reader.feed, batch)
-        form = await to_thread.run_sync(reader.finish)
+            await to_thread.run_sync(reader.feed, batch, limiter=admitted.intake)
+        form = await to_thread.run_sync(reader.finish, limiter=admitted.intake)
         parsed = {name: texts for name, texts in form.fields.items() if name != vector}
-        admitted.reserve(await to_thread.run_sync(_parsed_fields, parsed))
+        size = await to_thread.run_sync(_parsed_fields, parsed, limiter=admitted.intake)
+        admitted.reserve(size)
         return form
     finally:
         reader.close()

@@ -157,7 +157,7 @@ async def _read_request(
             request,
             partial(read_head_parameters, form.fields),
             size=form.text_size,
-            turn=app.admission.parsers.slot(admitted.caller),
+            admitted=admitted,
         )
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")

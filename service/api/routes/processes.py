@@ -176,7 +176,7 @@ async def execute_process(
             request,
             partial(_parsed, task, body),
             size=len(body),
-            turn=app.admission.parsers.slot(admitted.caller),
+            admitted=admitted,
         )
         fetch = _Inputs(request, app, folder, admitted, len(body))
         with inputs_named(task):
@@ -403,8 +403,7 @@ class _Inputs:
 
     async def in_turn(self, work: Callable[[], _Result], size: int) -> _Result:
         """See `disconnect.in_turn`."""
-        turn = self.app.admission.parsers.slot(self.admitted.caller)
-        return await in_turn(work, size=size, turn=turn)
+        return await in_turn(work, size=size, admitted=self.admitted)
 
     def _apart(self) -> Path:
         """A new folder, so that names of fetched files do not collide."""

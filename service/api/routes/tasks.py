@@ -515,7 +515,7 @@ async def read_request(
             request,
             partial(read_parameters, task, values),
             size=form.text_size,
-            turn=app.admission.parsers.slot(admitted.caller),
+            admitted=admitted,
         )
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
@@ -612,8 +612,7 @@ async def parsed_json(
             return None, found, None
         return None, None, series(text)
 
-    turn = app.admission.parsers.slot(admitted.caller)
-    return await parse_body(request, parse, size=len(text), turn=turn)
+    return await parse_body(request, parse, size=len(text), admitted=admitted)
 
 
 def part_of(stack: StackOptions) -> Place | None:
