@@ -58,6 +58,8 @@ _FAILED = 1
 systemd then start the service again."""
 _ACCEPTED_PER_TURN = 16
 """Largest number of connections that are accepted in one turn of the event loop."""
+_COLLECT_AFTER = 20_000
+"""Number of new objects after which garbage is collected; Python's default is 700."""
 _STUCK_SECONDS = 12.0
 """Seconds after the grace period at which a process that hangs ends itself. With the default grace
 period of 30 s, Compose and systemd send SIGKILL after 45 s."""
@@ -244,12 +246,14 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and leave the objects of the start out of garbage collections.
 
-        A collection of all objects holds up every thread, for as long as it takes to look at each.
+        A collection of all objects holds up every thread, for as long as it takes to look at each:
+        with 300 requests in flight 130 to 190 ms, every ten seconds at Python's own threshold.
         """
         await super().startup(sockets)
         await self._listen_again()
         gc.collect()
         gc.freeze()
+        gc.set_threshold(_COLLECT_AFTER, 10, 10)
 
     async def _listen_again(self) -> None:
         """Register each listening socket several times.

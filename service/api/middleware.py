@@ -451,7 +451,7 @@ _EARLY_BURST = 2**27
 """Bytes of such bodies that are answered without a delay first."""
 _EARLY_LEAST = 2**16
 """Bytes as which a shorter body counts, as its response takes time too."""
-_EARLY_SECONDS = 10.0
+_EARLY_SECONDS = 3.0
 """Longest delay of such a response."""
 _MOST_CALLERS = 4096
 
