@@ -156,8 +156,8 @@ class Settings(BaseSettings):
     waited longest without a request. It raises the limit of open files for them as far as the
     system allows."""
     max_connections_per_address: Annotated[int, Field(ge=1)] = 256
-    """Largest number of open connections of one client address; behind a proxy set it to
-    `PIMC_MAX_CONNECTIONS`."""
+    """Largest number of open connections of one client address, or IPv6 /64 network; behind a proxy
+    set it to `PIMC_MAX_CONNECTIONS`."""
     head_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Seconds within which a request's line and headers must arrive."""
     send_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
