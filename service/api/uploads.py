@@ -115,8 +115,22 @@ async def read_json(request: Request, limits: Limits, admitted: Admitted) -> byt
         for chunk in batch:
             body += chunk
     text = bytes(body)
-    admitted.reserve(await to_thread.run_sync(parsed_bytes, text, limiter=admitted.intake))
+    await reserve_parsed(text, admitted)
     return text
+
+
+async def reserve_parsed(text: bytes, admitted: Admitted) -> None:
+    """Reserve the memory that a JSON text takes once parsed.
+
+    Args:
+        text: the text.
+        admitted: the admitted request.
+
+    Raises:
+        BodyTooLarge: it takes more memory than a caller may use.
+        Overloaded: it exceeds the space for bodies.
+    """
+    admitted.reserve(await to_thread.run_sync(parsed_bytes, text, limiter=admitted.intake))
 
 
 async def read_form(

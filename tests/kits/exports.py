@@ -23,7 +23,8 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from training import export
 from training.onnx_export import to_onnx
 
-# Each export lists the operators that torch can translate anew, which takes a second.
+# Each export lists the operators that torch can translate anew, which takes a second. A static
+# method that calls the class method once takes its place, so the types of the two differ.
 ONNXRegistry.from_torchlib = staticmethod(  # type: ignore[method-assign, assignment]
     functools.cache(ONNXRegistry.from_torchlib)
 )

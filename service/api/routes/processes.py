@@ -77,7 +77,7 @@ from service.api.schemas import (
     read_stac,
 )
 from service.api.stac import stac_request
-from service.api.uploads import FIELDS, JSON, media_type, read_json
+from service.api.uploads import FIELDS, JSON, media_type, read_json, reserve_parsed
 from service.errors import (
     BodyTooLarge,
     InvalidRequest,
@@ -88,7 +88,6 @@ from service.errors import (
 )
 from service.jobs.serialise import json_parts
 from service.jobs.store import Job, removed
-from service.json_memory import parsed_bytes
 from service.read.geotiff import SourceFile
 from service.read.placement import Place
 from service.read.references import fetch_items
@@ -387,7 +386,7 @@ class _Inputs:
                 "allowed: link to a smaller document"
             )
         text = await to_thread.run_sync(file.path.read_bytes)
-        self.admitted.reserve(await to_thread.run_sync(parsed_bytes, text))
+        await reserve_parsed(text, self.admitted)
         try:
             return await self.in_turn(partial(from_json, text), len(text))
         except ValueError as error:
@@ -398,7 +397,7 @@ class _Inputs:
     async def text(self, body: Mapping[str, Any]) -> bytes:
         """A body of the task as JSON, with memory for parsing it again; its lists are emptied."""
         text = await self.in_turn(partial(_text, body), self.size)
-        self.admitted.reserve(await to_thread.run_sync(parsed_bytes, text))
+        await reserve_parsed(text, self.admitted)
         return text
 
     async def in_turn(self, work: Callable[[], _Result], size: int) -> _Result:
