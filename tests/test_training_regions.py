@@ -68,6 +68,29 @@ class TestRegions:
         assert sources == {"hesbaye_a_monthly", "hesbaye_b_monthly"}
         assert task.table.regions.index("hesbaye") not in task.train.region
 
+    def test_a_calendar_shift_moves_the_season_of_all_series_but_the_scored_ones(
+        self, shared_data: Path
+    ) -> None:
+        config = ZOO["forecast-vi"]
+        tasks = [
+            PixelForecast(config.model_copy(update={"calendar_shift": share}), shared_data)
+            for share in (0.0, 1.0)
+        ]
+        scored = np.flatnonzero(tasks[0].scored)[:200]
+        others = np.flatnonzero(~tasks[0].scored)[:200]
+        for rows, alike in ((scored, 1.0), (others, 1 / 365)):
+            plain, shifted = (
+                task._tensors(part, part.present.sum(axis=1) // 2, np.random.default_rng(0))
+                for task in tasks
+                for part in (task.train.take(rows),)
+            )
+            values, valid, days, season, target, known = zip(plain, shifted, strict=True)
+            for before, after in (values, valid, days, target, known):
+                np.testing.assert_array_equal(before, after)
+            assert ((season[1] >= 1) & (season[1] <= 366)).all()
+            assert (season[0] == season[1]).float().mean() <= alike + 0.02
+            assert (season[0] == season[1]).all() == (alike == 1.0)
+
     def test_without_a_region_to_score_nothing_is_trained(
         self, shared_data: Path, tmp_path: Path
     ) -> None:

@@ -186,6 +186,9 @@ class ForecastConfig(_Networks):
     rough: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Share of the pixels of the other sources that lose many dates and gain thin cloud, as in raw
     stacks."""
+    calendar_shift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of the pixels of the other sources whose window gets another first day of the year,
+    drawn from the whole year: elsewhere rain and harvest come in other months."""
     squared: float = 1.0
     """Weight of the squared error of the median, added to the pinball loss."""
     clarity: Annotated[float, Field(ge=0.0, le=60.0)] = 0.0

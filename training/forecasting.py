@@ -176,6 +176,10 @@ class PixelForecast:
                 np.where(rough.reshape(-1, *[1] * (a.ndim - 1)), b, a)
                 for a, b in zip(plain, hard, strict=True)
             )
+            if self.config.calendar_shift:
+                shifted = ~composites & (rng.random(len(valid)) < self.config.calendar_shift)
+                anywhere = rng.integers(1, 366, len(valid)).astype(np.float32)
+                day_of_year = np.where(shifted, anywhere, day_of_year)
         rows = _usable(valid, known) & computable(values, valid, self.spectral)
         values, valid, days = usable_first(values, valid, days)
         arrays = (values, valid, days, day_of_year, target, known)
