@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from datetime import date
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from training.pretrain import (
     CHECKPOINT,
     LOG_FILE,
     ForeignCheckpoint,
+    NothingToLearn,
     PretrainConfig,
     Pretraining,
     learning_rate,
@@ -185,7 +187,8 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[-1] < config.learning_rate * 0.02
 
 
-def test_views_of_either_side_alone_are_learned_from(tmp_path):
+def sources_of_all_kinds() -> Sources:
+    """A scene, series and imagery; nothing is held out."""
     scene = make_scene(size=32, dates=make_dates(date(2020, 1, 1), days=400), seed=0)
     rng = np.random.default_rng(0)
     tones = rng.uniform(0.02, 0.25, (64, 3, 1, 1)) + rng.normal(0, 0.002, (64, 3, 32, 32))
@@ -197,18 +200,98 @@ def test_views_of_either_side_alone_are_learned_from(tmp_path):
         places=np.arange(64),
         validation=np.zeros(64, dtype=bool),
     )
-    sources = Sources(
+    return Sources(
         scenes=[scene],
         weights=[1.0],
         held_out=[],
         series=[make_pixels(scene).select(("B02", "B04", "B08"))],
         imagery=imagery,
     )
-    changes = {"series_views": 16, "imagery_views": 16, "steps": 40, "learning_rate": 5e-3}
-    Pretraining(TINY.model_copy(update=changes), sources, tmp_path, torch.device("cpu")).run()
+
+
+def of_all_kinds(folder: Path, **changes: float) -> Pretraining:
+    config = TINY.model_copy(update={"series_views": 16, "imagery_views": 16, **changes})
+    return Pretraining(config, sources_of_all_kinds(), folder, torch.device("cpu"))
+
+
+def test_views_of_either_side_alone_are_learned_from(tmp_path):
+    of_all_kinds(tmp_path, steps=40, learning_rate=5e-3).run()
     log = rows(tmp_path)
     for name in ("loss_pairs", "loss_series", "loss_imagery"):
         losses = [float(row[name]) for row in log]
         assert sum(losses[-8:]) < sum(losses[:8]), name
     # Nothing is held out, so nothing is measured.
     assert not any(row["pixel_to_patch"] for row in log)
+
+
+WITHOUT = {
+    "pairs": {"pairs_weight": 0.0},
+    "views": {"series_weight": 0.0, "imagery_weight": 0.0},
+    "all but series": {"pairs_weight": 0.0, "imagery_weight": 0.0},
+}
+
+
+@pytest.mark.parametrize("chunk", [8, 4096])
+@pytest.mark.parametrize(
+    ("left_out", "untrained"),
+    [
+        ("pairs", {"projections.pixel.", "projections.patch.", "losses.pairs"}),
+        ("views", {"projections.pixel_views", "projections.patch_views"}),
+        ("all but series", {"patch_encoder", "projections.patch_views", "losses.imagery"}),
+    ],
+)
+def test_a_comparison_of_weight_0_trains_nothing(tmp_path, chunk, left_out, untrained):
+    run = of_all_kinds(tmp_path, steps=3, chunk=chunk, **WITHOUT[left_out])
+    parts = run.networks.checkpoint().items()
+    before = {f"{part}.{name}": v.clone() for part, state in parts for name, v in state.items()}
+    run.run()
+    after = weights(tmp_path)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    for part in untrained:
+        assert not any(name.startswith(part) for name in changed), part
+    assert any(name.startswith("pixel_encoder") for name in changed)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    row = rows(tmp_path)[-1]
+    zero = {name.partition("_")[0] for name in WITHOUT[left_out]}
+    for name in ("pairs", "series", "imagery"):
+        assert bool(row[f"loss_{name}"]) == (name not in zero)
+
+
+def test_rows_of_a_comparison_of_weight_0_count_in_the_batch_statistics(tmp_path):
+    found = []
+    for name, changes in {"all": {}, **WITHOUT}.items():
+        run = of_all_kinds(tmp_path / name, steps=1, **changes)
+        run.folder.mkdir()
+        networks = run.run()
+        # The statistics of the first step, which the weights before training determine.
+        found.append({k: v for k, v in networks.pixel.named_buffers() if "running" in k})
+    assert found[0]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+def test_a_run_without_some_comparisons_resumes_exactly(tmp_path, monkeypatch):
+    ended = {}
+    ahead = Pretraining._ahead
+    for name in ("undisturbed", "stopped"):
+        changes = {"steps": 5, "keep_every": 2, **WITHOUT["all but series"]}
+        run = of_all_kinds(tmp_path / name, **changes)
+        run.folder.mkdir()
+        if name == "stopped":
+            # Ends after step 3, of which the checkpoint holds two.
+            with monkeypatch.context() as patch:
+                patch.setattr(Pretraining, "_ahead", lambda *given: islice(ahead(*given), 3))
+                run.run()
+            run = of_all_kinds(tmp_path / name, **changes)
+        run.run()
+        ended[name] = weights(tmp_path / name)
+    torch.testing.assert_close(ended["stopped"], ended["undisturbed"], rtol=0, atol=0)
+
+
+def test_a_loss_without_a_comparison_is_refused(tmp_path):
+    changes = {"pairs_weight": 0.0, "series_weight": 0.0, "imagery_weight": 0.0}
+    with pytest.raises(NothingToLearn, match="pairs_weight=1"):
+        of_all_kinds(tmp_path, **changes)
+    # Without views there is nothing beside the pairs, whatever the weights of the views are.
+    with pytest.raises(NothingToLearn):
+        of_all_kinds(tmp_path, pairs_weight=0.0, series_views=0, imagery_views=0)

@@ -17,6 +17,7 @@ from training.__main__ import app
 from training.ablation import STUDIES, NothingToCompare, Plan, ablate
 from training.config import Run, changed, configuration
 from training.finetune import finetune, new_graph, task_of
+from training.pretrain import FIRST, PretrainConfig
 from training.pretraining_data import Places
 from training.score_tables import Row, measured
 from training.speed import Speed, compare, picture
@@ -93,7 +94,8 @@ def test_a_study_is_run_once_and_shares_what_others_have_run(plan: Plan, tmp_pat
 
 
 def test_each_arm_has_the_settings_of_its_label(data: Path) -> None:
-    arms = {arm.label: arm for study in STUDIES.values() for arm in study.arms}
+    studies = [study for study in STUDIES.values() if not study.pretraining]
+    arms = {arm.label: arm for study in studies for arm in study.arms}
 
     def graph(label: str, *more: str) -> torch.nn.Module:
         config = changed(configuration("pixels-crops-us"), [*arms[label].settings, *more])
@@ -113,6 +115,37 @@ def test_pretraining_arms_are_probed_alike(negatives: str, plan: Plan) -> None:
     assert table["model"] == ["seeds", "accuracy", "macro-F1", "pixel to patch", "back"]
     assert "2 steps each" in negatives
     assert "pretraining: negatives" in plan.report.read_text()
+
+
+def test_each_pretraining_arm_has_the_settings_of_its_label() -> None:
+    def config(study: str, label: str) -> PretrainConfig:
+        (arm,) = (arm for arm in STUDIES[study].arms if arm.label == label)
+        return changed(FIRST, arm.settings)
+
+    def weights(label: str) -> tuple[bool, ...]:
+        found = config("views", label)
+        return tuple(w > 0 for w in (found.pairs_weight, found.series_weight, found.imagery_weight))
+
+    assert config("views", "pairs and views") == config("encoder", "plots and series") == FIRST
+    assert weights("pairs and views") == (True, True, True)
+    assert weights("views alone") == (False, True, True)
+    assert weights("pairs alone") == (True, False, False)
+    # The rows of a batch are the same in all arms.
+    batches = {(c.series_views, c.imagery_views, c.groups, c.per_group) for c in (
+        config("views", arm.label) for arm in STUDIES["views"].arms
+    )}  # fmt: skip
+    assert len(batches) == 1
+    plots, series = (config("encoder", f"{name} alone") for name in ("plots", "series"))
+    assert (plots.pixel.plots, plots.pixel.series, plots.reflectance) == (True, False, False)
+    assert (series.pixel.plots, series.pixel.series, series.reflectance) == (False, True, True)
+
+
+def test_arms_of_different_encoders_are_measured_on_the_same_batches(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "RETRIEVAL_BATCHES", 1)
+    table = cells(ablate("encoder", replace(plan, settings=PRETRAINING, seeds=1)))
+    assert set(table) == {"model", "plots and series", "plots alone", "series alone"}
 
 
 def test_few_labels_are_studied_from_the_checkpoint(negatives: str, plan: Plan) -> None:

@@ -54,6 +54,8 @@ PICTURE = "size.svg"
 _PROBES = "probes.json"
 _CROPS = "crops"
 _PATCHES = "eurosat"
+# Settings of a pretraining that determine the shapes of its networks.
+_NETWORKS = ("pixel", "reflectance", "patch", "projection")
 
 
 class NothingToCompare(TrainingError):
@@ -223,6 +225,31 @@ STUDIES: Mapping[str, Study] = {
             Arm(label="one's own field too", settings=("same_field=true",)),
             Arm(label="look-alikes too", settings=("alike=0",)),
             Arm(label="all places", settings=("near=0", "same_field=true", "alike=0")),
+        ),
+    ),
+    "views": Study(
+        subject=(
+            "Pretraining with the pairs of pixel and patch, with views, or with both. Without the "
+            "pairs, views of series alone train the pixel encoder and views of imagery alone the "
+            "patch encoder, and the projections that retrieval uses stay untrained. All arms pass "
+            "the same rows through the encoders, so that the batch statistics are the same."
+        ),
+        pretraining=True,
+        arms=(
+            Arm(label="pairs and views"),
+            Arm(label="views alone", settings=("pairs_weight=0",)),
+            Arm(label="pairs alone", settings=("series_weight=0", "imagery_weight=0")),
+        ),
+    ),
+    "encoder": Study(
+        subject=(
+            "Pretraining of pixel encoders that receive the recurrence plots, the series, or both."
+        ),
+        pretraining=True,
+        arms=(
+            Arm(label="plots and series"),
+            Arm(label="plots alone", settings=("pixel.series=false", "reflectance=false")),
+            Arm(label="series alone", settings=("pixel.plots=false",)),
         ),
     ),
     "sources": Study(
@@ -453,7 +480,10 @@ def _pretrain_and_probe(
     for name, outputs in probe_outputs(networks, plan.places.data).items():
         (folder / name).mkdir(exist_ok=True)
         validation_outputs.save(outputs, folder / name)
-    retrieval = measure_retrieval(networks, reference, sources, folder)
+    # All arms are measured on the same batches, whatever their networks are.
+    shape = {name: getattr(config, name) for name in _NETWORKS}
+    alike = reference.model_copy(update=shape)
+    retrieval = measure_retrieval(networks, alike, sources, folder)
     (folder / _PROBES).write_text(json.dumps(retrieval, indent=1))
 
 

@@ -75,9 +75,14 @@ class PretrainConfig(_Frozen):
     """Pixels without imagery in a batch, in two views; 0 for none."""
     imagery_views: int = 64
     """Patches without series in a batch, in two views; 0 for none."""
-    series_weight: float = 1.0
-    """Weight of the loss of the series views; the pairs' is 1."""
-    imagery_weight: float = 1.0
+    pairs_weight: float = Field(default=1.0, ge=0.0)
+    """Weight of the loss of the pairs. A comparison of weight 0 is left out of the loss. Its rows
+    still pass an encoder that another comparison trains, so that the batch statistics stay the
+    same; an encoder that no comparison trains is not run."""
+    series_weight: float = Field(default=1.0, ge=0.0)
+    """Weight of the loss of the series views; 0 as in `pairs_weight`."""
+    imagery_weight: float = Field(default=1.0, ge=0.0)
+    """Weight of the loss of the imagery views; 0 as in `pairs_weight`."""
     chunk: int = 4096
     """Rows that an encoder processes at once; memory depends on this, not on the batch's size."""
     side: int = 32
@@ -141,6 +146,10 @@ FIRST = PretrainConfig(
 
 class ForeignCheckpoint(TrainingError):
     """The folder already holds a run of another configuration."""
+
+
+class NothingToLearn(TrainingError):
+    """Every comparison of the loss has weight 0 or no data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +256,7 @@ def pretrain(
 
     Raises:
         ForeignCheckpoint: the folder holds a run of another configuration.
+        NothingToLearn: every comparison of the loss has weight 0 or no data.
     """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     folder.mkdir(parents=True, exist_ok=True)
@@ -272,6 +282,16 @@ class Pretraining:
         self.held_out = plain(held_out) if sources.held_out else None
         self.series = _series_sampler(config, sources)
         self.imagery = _imagery_sampler(config, sources)
+        weights = (
+            config.pairs_weight,
+            config.series_weight if self.series else 0.0,
+            config.imagery_weight if self.imagery else 0.0,
+        )
+        if not any(weights):
+            raise NothingToLearn(
+                "every comparison of the loss has weight 0 or no data: give one of --set "
+                "pairs_weight=1, series_weight=1 or imagery_weight=1, and data for it"
+            )
 
     def run(self, *, workers: int = 1) -> Networks:
         """Train to the last step."""
@@ -306,15 +326,22 @@ class Pretraining:
         comparisons = self._comparisons(batch, series)
         found: dict[str, Tensor] = {}
 
+        sides = {
+            "pixel": self._shuffled(self.networks.pixel.encoder, series, *beside),
+            "patch": self._shuffled(self.networks.patch, patches),
+        }
+        trained = {
+            projection.partition("_")[0]
+            for comparison in comparisons.values()
+            for projection, _ in (comparison.first, comparison.second)
+        }
+        sides = {name: side for name, side in sides.items() if name in trained}
+
         def loss(embeddings: Sequence[Tensor]) -> Tensor:
-            found.update(self._losses(comparisons, *embeddings))
+            found.update(self._losses(comparisons, dict(zip(sides, embeddings, strict=True))))
             return torch.stack([comparisons[n].weight * found[n] for n in found]).sum()
 
-        sides = [
-            self._shuffled(self.networks.pixel.encoder, series, *beside),
-            self._shuffled(self.networks.patch, patches),
-        ]
-        total = backward(sides, loss, network=self.networks, chunk=self.config.chunk)
+        total = backward(list(sides.values()), loss, network=self.networks, chunk=self.config.chunk)
         nn.utils.clip_grad_norm_(self.networks.parameters(), self.config.clip)
         self.optimizer.step()
         return {
@@ -366,23 +393,23 @@ class Pretraining:
         return Side(encode=encode, size=len(order), order=order)
 
     def _comparisons(self, batch: Batch, series: Tensor) -> dict[str, _Comparison]:
-        """The comparisons of the loss: pairs, then views if there are any."""
+        """The comparisons of the loss: pairs, then views if there are any; none of weight 0."""
         pairs = len(batch.pairs.patches)
-        comparisons = {
-            "pairs": _Comparison(
+        comparisons = {}
+        if self.config.pairs_weight:
+            comparisons["pairs"] = _Comparison(
                 first=("pixel", slice(0, pairs)),
                 second=("patch", slice(0, pairs)),
                 excluded=self._false_negatives(batch.pairs, series[:pairs]),
-                weight=1.0,
+                weight=self.config.pairs_weight,
             )
-        }
         for name, side, rows, weight in (
             ("series", "pixel", len(series), self.config.series_weight),
             ("imagery", "patch", len(batch.patches), self.config.imagery_weight),
         ):
-            middle = pairs + (rows - pairs) // 2
-            if rows == pairs:
+            if rows == pairs or not weight:
                 continue
+            middle = pairs + (rows - pairs) // 2
             first, second = slice(pairs, middle), slice(middle, rows)
             comparisons[name] = _Comparison(
                 first=(f"{side}_views", first),
@@ -393,10 +420,9 @@ class Pretraining:
         return comparisons
 
     def _losses(
-        self, comparisons: Mapping[str, _Comparison], pixels: Tensor, patches: Tensor
+        self, comparisons: Mapping[str, _Comparison], embeddings: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The loss () of each comparison, given all embeddings of the batch."""
-        embeddings = {"pixel": pixels, "patch": patches}
+        """The loss () of each comparison, given all embeddings of the batch by encoder."""
         losses = {}
         for name, comparison in comparisons.items():
             z0, z1 = (
@@ -481,7 +507,8 @@ class Pretraining:
         path = self.folder / CHECKPOINT
         if not path.exists():
             return 0, 0.0
-        stored = torch.load(path, map_location=self.device, weights_only=True)
+        # On the CPU: the optimiser counts its steps there, and the rest is copied to the device.
+        stored = torch.load(path, map_location="cpu", weights_only=True)
         # Compared as configurations, not as text: settings added since then have their defaults.
         if PretrainConfig.model_validate(stored["config"]) != self.config:
             raise ForeignCheckpoint(
@@ -566,15 +593,14 @@ def _report(row: Mapping[str, float], steps: int, *, begun: bool) -> None:
     if not (begun or step % 10 == 0 or step == steps):
         return
     left = row["seconds"] / step * (steps - step)
-    found = ""
+    found = f" (pairs {row['loss_pairs']:.3f})" if "loss_pairs" in row else ""
     if "pixel_to_patch" in row:
-        found = f", retrieval {row['pixel_to_patch']:.3f} / {row['patch_to_pixel']:.3f}"
+        found += f", retrieval {row['pixel_to_patch']:.3f} / {row['patch_to_pixel']:.3f}"
     log.info(
-        "step %d of %d, loss %.3f (pairs %.3f)%s, %.1f min left",
+        "step %d of %d, loss %.3f%s, %.1f min left",
         step,
         steps,
         row["loss"],
-        row["loss_pairs"],
         found,
         left / 60.0,
     )
