@@ -18,7 +18,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,7 +59,7 @@ _BLOCK_DEGREES = 0.1
 _NAME = "benchmark"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Region:
     """Pixels with classes and places."""
 
@@ -70,6 +70,8 @@ class Region:
     """ISO dates (N, T)."""
     classes: NDArray[np.str_]
     places: NDArray[np.str_]
+    lonlat: NDArray[np.float64] | None = None
+    """Degrees (N, 2), or one position of the whole region (2); None where not known."""
 
 
 def _same(dates: Sequence[date], count: int) -> NDArray[np.str_]:
@@ -79,6 +81,10 @@ def _same(dates: Sequence[date], count: int) -> NDArray[np.str_]:
 def _blocks(lonlat: NDArray[np.float64]) -> NDArray[np.str_]:
     cells = np.floor(lonlat / _BLOCK_DEGREES).astype(int)
     return np.array([f"{x}/{y}" for x, y in cells])
+
+
+_VICTORIA = np.array([143.0, -36.5])
+"""A position in the cropland of Victoria: the data set holds none."""
 
 
 def _victoria(data: Path) -> Region:
@@ -91,6 +97,7 @@ def _victoria(data: Path) -> Region:
             dates=_same(days, len(stored)),
             classes=archive["class_name"][archive["label"]],
             places=archive["polygon"].astype(str),
+            lonlat=_VICTORIA,
         )
 
 
@@ -104,6 +111,7 @@ def _pune(data: Path) -> Region:
             dates=np.broadcast_to(archive["dates"], clear.shape),
             classes=archive["label"],
             places=archive["polygon"].astype(str),
+            lonlat=archive["lonlat"],
         )
 
 
@@ -118,6 +126,7 @@ def _brazil(data: Path) -> Region:
             dates=archive["dates"][own],
             classes=archive["label"][own],
             places=_blocks(archive["lonlat"][own]),
+            lonlat=archive["lonlat"][own],
         )
 
 
@@ -132,6 +141,7 @@ def _us_crops(data: Path) -> Region:
             dates=np.broadcast_to(archive["dates"], stored.shape[:2]),
             classes=np.array([names.get(str(n), str(n)) for n in archive["label"].tolist()]),
             places=_blocks(archive["lonlat"]),
+            lonlat=archive["lonlat"],
         )
 
 
@@ -217,10 +227,17 @@ class Draw:
     tested: NDArray[np.intp]
 
 
-def draw(region: Region, count: int, seed: int) -> Draw | None:
+def draw(region: Region, count: int, seed: int, tested: int | None = _TESTED) -> Draw | None:
     """Labels of each class from one half of the places, and pixels of the other half.
 
-    None if fewer than `_FEWEST_CLASSES` classes have enough labels.
+    Args:
+        region: the pixels.
+        count: number of labels of a class.
+        seed: of the draw.
+        tested: largest number of tested pixels; None for all. It does not change the labels.
+
+    Returns:
+        None if fewer than `_FEWEST_CLASSES` classes have enough labels.
     """
     random = np.random.default_rng(seed)
     places = np.unique(region.places)
@@ -235,7 +252,7 @@ def draw(region: Region, count: int, seed: int) -> Draw | None:
         return None
     chosen = np.concatenate(labels)
     there = ~half & np.isin(region.classes, region.classes[chosen])
-    return Draw(labels=chosen, tested=random.permutation(np.flatnonzero(there))[:_TESTED])
+    return Draw(labels=chosen, tested=random.permutation(np.flatnonzero(there))[:tested])
 
 
 def series_of(region: Region, n: int) -> dict[str, Any]:
@@ -289,7 +306,7 @@ class Known:
     region: Region
     drawn: Draw
     values: NDArray[np.float32]
-    """Bands, then indices, at every date, gaps interpolated in time (n, T, C + K)."""
+    """Features (n, ...); for TempCNN those of `known_of`."""
 
     @property
     def split(self) -> int:
@@ -307,9 +324,8 @@ class Known:
         return float(f1_score(truth, guesses, average="macro", labels=np.unique(truth)))
 
 
-def known_of(region: Region, drawn: Draw) -> Known:
-    """Bands and indices of the labels and of the tested pixels, gaps interpolated in time."""
-    rows = np.concatenate([drawn.labels, drawn.tested])
+def interpolated(region: Region, rows: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Bands at every date (n, T, C), gaps interpolated in time; 0 without any clear date."""
     days = region.dates[rows].astype("datetime64[D]").astype(np.int64)
     values = region.values[rows].astype(np.float64)
     filled = np.empty_like(values)
@@ -319,25 +335,36 @@ def known_of(region: Region, drawn: Draw) -> Known:
             filled[n, :, c] = (
                 np.interp(days[n], days[n][there], values[n][there, c]) if there.any() else 0.0
             )
-    column = {band: filled[..., c] for c, band in enumerate(region.bands)}
-    parts = [filled]
-    for name in indices_of(region.bands):
+    return filled
+
+
+def with_indices(bands: Sequence[str], values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Bands (..., C), then the normalised differences that the service computes of them."""
+    column = {band: values[..., c] for c, band in enumerate(bands)}
+    parts = [values]
+    for name in indices_of(bands):
         a, b = (column[band] for band in INDICES[name])
         parts.append(np.clip((a - b) / np.maximum(a + b, 0.05), -1, 1)[..., None])
-    joined = np.concatenate(parts, axis=-1).astype(np.float32)
-    return Known(region=region, drawn=drawn, values=joined)
+    return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
-def tuned(known: Known, x: NDArray[Any], model: BaseEstimator, grid: Mapping[str, Any]) -> float:
+def known_of(region: Region, drawn: Draw) -> Known:
+    """Bands and indices of the labels and of the tested pixels, gaps interpolated in time."""
+    rows = np.concatenate([drawn.labels, drawn.tested])
+    values = with_indices(region.bands, interpolated(region, rows))
+    return Known(region=region, drawn=drawn, values=values)
+
+
+def tuned(known: Known, model: BaseEstimator, grid: Mapping[str, Any]) -> float:
     """Macro-F1 of a scikit-learn model whose settings are chosen over places.
 
     Args:
-        known: the draw.
-        x: features of the labels, then of the tested pixels (n, D).
+        known: the draw with its features.
         model: the model.
         grid: the settings that are tried.
     """
     places = known.region.places[known.drawn.labels]
+    x = known.values.reshape(len(known.values), -1)
     labels = x[: known.split]
     folds = StratifiedGroupKFold(3, shuffle=True, random_state=0)
     search = GridSearchCV(
@@ -354,20 +381,15 @@ def forest(known: Known) -> float:
     """Macro-F1 of a random forest."""
     return tuned(
         known,
-        known.values.reshape(len(known.values), -1),
         RandomForestClassifier(150, random_state=0),
         {"max_features": ["sqrt", 0.1], "min_samples_leaf": [1, 2]},
     )
 
 
-def regression(known: Known) -> float:
-    """Macro-F1 of logistic regression."""
-    return _regression(known, known.values.reshape(len(known.values), -1))
-
-
-def _regression(known: Known, x: NDArray[Any]) -> float:
+def regression(known: Known, strengths: Sequence[float] = (0.001, 0.01, 0.1)) -> float:
+    """Macro-F1 of logistic regression on standardised features; `strengths` are the C tried."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=150))
-    return tuned(known, x, model, {"logisticregression__C": [0.001, 0.01, 0.1]})
+    return tuned(known, model, {"logisticregression__C": list(strengths)})
 
 
 _EPOCHS, _STEPS, _BATCH = 20, 300, 32
@@ -440,7 +462,7 @@ def untrained(known: Known) -> float:
                 torch.from_numpy(np.isfinite(values[own]).all(axis=2)),
                 torch.from_numpy(shared),
             ).numpy()
-    return _regression(known, np.nan_to_num(found))
+    return regression(replace(known, values=np.nan_to_num(found)))
 
 
 _OTHERS: Mapping[str, Callable[[Known], float]] = {
@@ -506,14 +528,22 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for region, count in dict.fromkeys((row["region"], row["labels"]) for row in rows):
         own = [row for row in rows if (row["region"], row["labels"]) == (region, count)]
-        cells = [region, str(count), f"{np.mean([r['classes'] for r in own]):.3g}", str(len(own))]
-        cells += [_mean([row[name] for row in own if name in row]) for name in _METHODS]
+        cells = [
+            region,
+            str(count),
+            f"{np.mean([r['classes'] for r in own]):.3g}",
+            str(len(own)),
+        ]
+        cells += [mean_text([row[name] for row in own if name in row]) for name in _METHODS]
         scored = [r for r in own if "card" in r]
-        cells += [f"{np.mean([r['ece'] for r in scored]):.3f}", _mean([r["card"] for r in scored])]
+        cells += [
+            f"{np.mean([r['ece'] for r in scored]):.3f}",
+            mean_text([r["card"] for r in scored]),
+        ]
         print(f"| {' | '.join(cells)} |")
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean_text(values: Sequence[float]) -> str:
     """Mean and standard error; a dash without values."""
     if not values:
         return "-"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ MONTHS = 12
 PRESTO_CHANNELS = 17
 """VV, VH, ten bands of Sentinel-2, two of ERA5, two of SRTM, NDVI."""
 PRESTO_S2 = slice(2, 12)
+PRESTO_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+"""Bands of Sentinel-2 in Presto's order; it takes reflectance, unitless."""
+_PRESTO_NDVI = 16
 STEPS = 64
 
 
@@ -25,28 +29,54 @@ class PeerMissing(RuntimeError):
 class Presto:
     """The encoder of Presto (arXiv 2304.14065), from the package `rslearn`.
 
-    The weights are random, because the pretrained ones would have to be downloaded and take the
-    same time. The inputs are twelve months of the ten bands of Sentinel-2; all other inputs are
-    masked, so that the encoder leaves out their tokens.
+    All inputs but those given are masked, so that the encoder leaves out their tokens.
+
+    Args:
+        weights: file of the public weights; None for random ones, which take the same time.
 
     Raises:
         PeerMissing: `rslearn` or `einops` is not installed.
     """
 
-    def __init__(self) -> None:
-        self._encoder = _presto_module().Presto.construct().encoder.eval()
+    def __init__(self, weights: Path | None = None) -> None:
+        presto = _presto_module().Presto.construct()
+        if weights is not None:
+            presto.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self._encoder = presto.encoder.eval()
 
     def __call__(self, pixels: NDArray[np.float32]) -> Tensor:
-        """Embeddings (N, 128) of series (N, 12, 10)."""
-        count = len(pixels)
-        x = torch.zeros(count, MONTHS, PRESTO_CHANNELS)
+        """Embeddings (N, 128) of series (N, 12, 10) of the ten bands, January first."""
+        x = torch.zeros(len(pixels), MONTHS, PRESTO_CHANNELS)
         x[:, :, PRESTO_S2] = torch.from_numpy(pixels)
         mask = torch.ones_like(x)
         mask[:, :, PRESTO_S2] = 0
-        unknown = torch.full((count, MONTHS), 9)  # Dynamic World's "missing"
+        return self._embed(x, mask, torch.zeros(len(pixels), 2))
+
+    def with_place(self, pixels: NDArray[np.float32], lonlat: NDArray[np.float64]) -> Tensor:
+        """Embeddings (N, 128) that also see NDVI and the place, as in pretraining.
+
+        Args:
+            pixels: reflectance (N, 12, 10), January first; a band that is missing in all months of
+                all pixels is NaN, and masked together with the others of its token.
+            lonlat: degrees (N, 2).
+        """
+        x = torch.zeros(len(pixels), MONTHS, PRESTO_CHANNELS)
+        mask = torch.ones_like(x)
+        bands = torch.from_numpy(pixels)
+        x[:, :, PRESTO_S2] = bands.nan_to_num()
+        mask[:, :, PRESTO_S2] = bands.isnan().float()
+        red, nir = (bands[:, :, PRESTO_BANDS.index(band)] for band in ("B04", "B08"))
+        # Presto's own NDVI is 0 where both bands are.
+        x[:, :, _PRESTO_NDVI] = torch.where(nir + red > 0, (nir - red) / (nir + red), 0.0)
+        mask[:, :, _PRESTO_NDVI] = 0
+        places = torch.from_numpy(np.ascontiguousarray(lonlat[:, ::-1], np.float32))
+        return self._embed(x, mask, places)
+
+    def _embed(self, x: Tensor, mask: Tensor, latlons: Tensor) -> Tensor:
+        unknown = torch.full(x.shape[:2], 9)  # Dynamic World's "missing"
         with torch.inference_mode():
             embeddings: Tensor = self._encoder(
-                x, unknown, torch.zeros(count, 2), mask=mask, month=0, eval_task=True
+                x, unknown, latlons, mask=mask, month=0, eval_task=True
             )
         return embeddings
 
