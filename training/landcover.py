@@ -61,6 +61,7 @@ class PatchClassification:
     """
 
     has_linear_head = True
+    targets = 1
 
     def __init__(
         self,
@@ -155,11 +156,16 @@ class PatchClassification:
         weights = np.bincount(labels)[labels] ** -self.config.balance
         return np.asarray(weights / weights.sum())
 
-    def loss(self, graph: PatchGraph, batch: tuple[Tensor, ...]) -> Tensor:
-        """Mean cross entropy of the networks, with soft labels."""
+    def loss(
+        self, graph: PatchGraph, batch: tuple[Tensor, ...], taught: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross entropy of the networks, to soft labels and to probabilities taught (N, K)."""
         patches, target = batch
         logits = graph.each(patches.contiguous(memory_format=torch.channels_last))
-        return cross_entropy(logits, target, self.config.smoothing)
+        own = cross_entropy(logits, target, self.config.smoothing)
+        if taught is None:
+            return own
+        return own.lerp(cross_entropy(logits, taught, 0.0), self.config.distil)
 
     def finish(self, graph: PatchGraph) -> None:
         """Fit the temperature on the validation patches."""
