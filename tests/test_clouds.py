@@ -282,3 +282,15 @@ def test_flanders_agrees_with_scl() -> None:
     assert own.valid[np.isin(classes, (4, 5, 6))].mean() > 0.98
     assert own.valid[np.isin(classes, (8, 9))].mean() < 0.15
     assert own.valid[classes == 3].mean() < 0.05
+
+
+def test_what_is_brightened_is_compared_with_the_same_pixels_other_dates() -> None:
+    blue = np.random.default_rng(3).uniform(0, 0.6, (9, 40)).astype(np.float32)
+    blue[np.random.default_rng(4).random(blue.shape) < 0.3] = np.nan
+    blue[1:, 0] = np.nan  # one date
+    blue[:, 1] = np.nan
+    found = clouds.brightened(blue)
+    for (t, n), own in np.ndenumerate(blue):
+        seen = np.sort(blue[~np.isnan(blue[:, n]), n])
+        usual = seen[int(0.2 * (len(seen) - 1))] if len(seen) > 1 else 0.15
+        assert found[t, n] == (own > 0.18 and own > 2 * usual)

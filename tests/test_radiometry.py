@@ -219,6 +219,81 @@ def test_imagery_without_near_infrared_is_not_judged_for_it(tmp_path: Path) -> N
     assert codes(opened([file], bands=("B02", "B04"))) == []
 
 
+# --- mask_doubted ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quality", "clear", "cloudy", "named"),
+    [
+        ("SCL", 4, 4, True),
+        ("SCL", 4, 9, False),
+        ("Fmask", 64, 64, True),
+        ("QA60", 0, 0, True),
+        ("QA60", 0, 1024, False),
+        ("alpha", 255, 255, False),
+    ],
+)
+@pytest.mark.parametrize("count", [2, 7])
+def test_a_mask_that_is_clear_where_the_pixels_are_clouds_is_doubted(
+    tmp_path: Path, quality: str, clear: int, cloudy: int, named: bool, count: int
+) -> None:
+    rng = np.random.default_rng(5)
+    ground = np.array([400, 500, 3000])[:, None, None] * rng.uniform(0.8, 1.2, (3, 20, 20))
+    files = []
+    for n in range(count):
+        pixels = ground + rng.integers(0, 50, (3, 20, 20))
+        mask = np.full((1, 20, 20), clear)
+        if n == 1:  # clouds over two fifths of the image
+            pixels[:, 12:] = 5500 + rng.integers(0, 500, (3, 8, 20))
+            mask[:, 12:] = cloudy
+        own = np.concatenate([pixels, mask]).astype(np.uint16)
+        path = tmp_path / f"2021{n + 1:02d}05.tif"
+        files.append(write(path, own, descriptions=(*BANDS, quality)))
+    warnings = found(opened(files))
+    assert [warning.code for warning in warnings] == ["mask_doubted"] * named
+    for warning in warnings:
+        assert "hardly any pixel on 2021-02-05, nor on any other date" in warning.detail
+        assert "at least 40% of the pixels" in warning.detail
+    assert codes(opened(files), [1]) == ["mask_doubted"] * named
+    assert codes(opened(files, mask="none")) == []
+
+
+def test_what_is_always_bright_is_no_cloud(tmp_path: Path) -> None:
+    """A salt pan has the same blue on every date."""
+    files = []
+    for n in range(5):
+        pixels = np.random.default_rng(n).uniform(4000, 5000, (4, 20, 20)).astype(np.uint16)
+        pixels[3] = 5
+        path = tmp_path / f"2021{n + 1:02d}05.tif"
+        files.append(write(path, pixels, descriptions=(*BANDS, "SCL")))
+    assert "mask_doubted" not in codes(opened(files))
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_flanders_with_a_mask_of_one_class_and_with_its_own(
+    shared_data: Path, tmp_path: Path, every: int
+) -> None:
+    """The dates named are among those on which SCL has clouds or snow."""
+    real, files, marked = [], [], {}
+    for path in sorted((shared_data / "flanders_2017_2018").glob("S2_L2A_*.tif"))[::every]:
+        with rasterio.open(path) as file:
+            pixels, names, profile = file.read(), file.descriptions, file.profile
+        day = re.sub(r".*_(\d{4})(\d\d)(\d\d)_.*", r"\1-\2-\3", path.name)
+        marked[day] = float(np.isin(pixels[4], (8, 9, 10, 11)).mean())
+        pixels[4] = 4
+        kept = {key: profile[key] for key in ("crs", "transform", "nodata")}
+        files.append(write(tmp_path / path.name, pixels, descriptions=names, **kept))
+        real.append(SourceFile(name=path.name, path=path))
+    (warning,) = [w for w in found(opened(files)) if w.code == "mask_doubted"]
+    days = re.findall(r"20\d\d-\d\d-\d\d", warning.detail)
+    more = re.search(r"and (\d+) more", warning.detail)
+    assert len(days) == 12 or not more
+    assert all(marked[day] > 0.2 for day in days)
+    cloudy = sum(share > 0.9 for share in marked.values())
+    assert len(days) + int(more[1] if more else 0) >= 0.7 * cloudy
+    assert "mask_doubted" not in codes(opened(real))
+
+
 # --- baseline_offset_suspected --------------------------------------------------------------
 
 

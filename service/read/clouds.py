@@ -34,6 +34,10 @@ _BATCH = 2**17
 """Numbers of a band that are processed at once, so that intermediate results stay in the caches."""
 # Quantiles over the dates that approximate a pixel's reflectance without clouds and shadows.
 _BLUE_QUANTILE, _NIR_QUANTILE = 0.2, 0.25
+_CLOUD_BLUE, _CLOUD_GAIN = np.float32(0.18), np.float32(2)
+"""Least blue of a pixel that is as bright as a cloud, and least ratio to its usual blue."""
+_USUAL_BLUE = np.float32(0.15)
+"""Stands for the usual blue of a pixel that is seen on one date alone."""
 _FLOOR = np.float32(0.01)
 """Added to two reflectances before they are divided, so that noise on dark pixels has no weight."""
 
@@ -91,6 +95,24 @@ def clear(
         clouded = (_weighted(compared, cloud) > 0) | (_weighted(compared, shadow) > 0)
         flat[:, part] = own & ~clouded & (own.sum(axis=0) >= MIN_DATES)
     return found
+
+
+def brightened(blue: Floats) -> Bools:
+    """True where a pixel is as bright in blue as clouds or snow, and not so on its other dates.
+
+    It needs no other band and two dates, but finds no shadow and no thin cloud: it serves to check
+    a mask, not as one.
+
+    Args:
+        blue: reflectance (T, …) float32, unitless; NaN where missing.
+
+    Returns:
+        True (T, …) where blue is above 0.18 and twice that of the pixel's darker dates; of a pixel
+        with a value on one date, above 0.3.
+    """
+    seen = ~np.isnan(blue)
+    usual = np.where(seen.sum(axis=0) > 1, _quantile(blue, seen, _BLUE_QUANTILE), _USUAL_BLUE)
+    return np.asarray(seen & (blue > _CLOUD_BLUE) & (blue > _CLOUD_GAIN * usual))
 
 
 def comparisons(blue: Floats, red: Floats, nir: Floats, seen: Bools) -> dict[str, Floats]:

@@ -19,8 +19,9 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import ImplausibleReflectance, StackWarning
+from service.errors import ImplausibleReflectance, StackWarning, first_names
 from service.grid import Window
+from service.read import clouds
 from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
 from service.read.reflectance import BASELINE_OFFSET, GIVEN, days_in_words
@@ -106,6 +107,11 @@ _FILL_SHARE = 0.005
 _FILL_PIXELS = 8
 _NOT_FILL_SHARE = 0.95
 _FEWEST_CLEAR = 20
+# The mask misses the clouds of a date on which this share of the pixels is as bright as clouds, and
+# of which it marks hardly any. docs/decisions/cloud-mask.md has the share on real clear dates.
+_CLOUDY_SHARE = 0.2
+_HARDLY_MARKED = 0.02
+_NAMED_DATES = 12
 _SAMPLED_DATES = 8
 _SAMPLED_SIDE = 128
 # Number of pixels sampled over all dates: percentiles of more would take longer than reading them.
@@ -200,7 +206,7 @@ def calibrate(
     Returns:
         The stack with corrected scale, offset and nodata of its planes, and any of the warnings
         `offset_applied`, `baseline_offset_suspected`, `scale_suspected`, `nodata_assumed`,
-        `nodata_suspected`, `bands_suspected_swapped`, `pixels_repeated`.
+        `nodata_suspected`, `bands_suspected_swapped`, `pixels_repeated`, `mask_doubted`.
 
     Raises:
         ImplausibleReflectance: the median of the clear values, of all dates or of one, is outside
@@ -227,6 +233,7 @@ def calibrate(
             *_other_units(sample, values),
             *_swapped(sample, values, clear),
             *_repeated(sample),
+            *_mask_doubted(stack, sample, values),
         ]
     corrected = _with_planes(stack, sample)
     stated = _offsets_in_words(corrected, positions)
@@ -1001,6 +1008,62 @@ def _equal_dates(sample: _Sample) -> list[int]:
 
 def _repeats(detail: str) -> StackWarning:
     return StackWarning(code="pixels_repeated", detail=detail)
+
+
+def _mask_doubted(stack: Stack, sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+    """The warning that a cloud mask marks nothing on dates that are as bright as clouds.
+
+    The values of clouds are compared with those of the same pixels on the other dates, because
+    snow fields and salt pans are as bright on all of them.
+
+    Args:
+        stack: the stack, for its mask.
+        sample: the sample.
+        values: its reflectance (T, C, N) float32, unitless.
+    """
+    # Without a mask there is another warning, and the mask of the series finds such clouds itself.
+    if stack.mask == "none" or stack.cloud_bands is not None or "B02" not in sample.bands:
+        return
+    blue = values[:, sample.bands.index("B02")]
+    seen = ~np.isnan(values).any(axis=1)
+    bright = seen & _bright_as_clouds(sample, blue)
+    count = seen.sum(axis=1)
+    marked = (seen & ~sample.valid).sum(axis=1)
+    doubted = (
+        (count >= _FEWEST_CLEAR)
+        & (marked < _HARDLY_MARKED * count)
+        & ((bright & sample.valid).sum(axis=1) >= _CLOUDY_SHARE * count)
+    )
+    ts = np.flatnonzero(doubted).tolist()
+    if not ts:
+        return
+    share = float((bright.sum(axis=1) / np.maximum(count, 1))[ts].min())
+    days = [str(sample.dates[t]) if sample.dates else sample.name(t) for t in ts]
+    yield StackWarning(
+        code="mask_doubted",
+        detail=f"the cloud mask ({stack.mask}) marks hardly any pixel on "
+        f"{first_names(days, _NAMED_DATES)}{'' if marked.any() else ', nor on any other date'}, "
+        f"although at least {share:.0%} of the pixels sampled are as bright in blue as clouds or "
+        "snow there; they count as clear: check the mask's numbers, give mask=cloud to estimate a "
+        "mask from the series, or leave out these dates",
+    )
+
+
+def _bright_as_clouds(sample: _Sample, blue: Floats) -> NDArray[np.bool_]:
+    """`clouds.brightened` (T, N), each place by the dates on which it was sampled."""
+    found = np.zeros(blue.shape, np.bool_)
+    length = blue.shape[1] // len(sample.places[0])
+    for place in sorted({place for places in sample.places for place in places}):
+        parts = [
+            (t, slice(k * length, (k + 1) * length))
+            for t, places in enumerate(sample.places)
+            for k, own in enumerate(places)
+            if own == place
+        ]
+        series = clouds.brightened(np.stack([blue[part] for part in parts]))
+        for part, own in zip(parts, series, strict=True):
+            found[part] = own
+    return found
 
 
 # Sampling ---------------------------------------------------------------------------------------
