@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from training.__main__ import app
 from training.ablation import STUDIES, NothingToCompare, Plan, ablate
 from training.config import Run, changed, configuration
 from training.finetune import finetune, new_graph, task_of
-from training.pretrain import FIRST, PretrainConfig
+from training.pretrain import FIRST, Networks, PretrainConfig, pretrain
 from training.pretraining_data import Places
 from training.score_tables import Row, measured
 from training.speed import Speed, compare, picture
@@ -144,8 +145,17 @@ def test_arms_of_different_encoders_are_measured_on_the_same_batches(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding, "RETRIEVAL_BATCHES", 1)
-    table = cells(ablate("encoder", replace(plan, settings=PRETRAINING, seeds=1)))
+    workers = []
+
+    def train(config: PretrainConfig, **given: Any) -> Networks:
+        workers.append(given["workers"])
+        return pretrain(config, **given)
+
+    monkeypatch.setattr("training.ablation.pretrain", train)
+    table = cells(ablate("encoder", replace(plan, settings=PRETRAINING, seeds=1, workers=2)))
     assert set(table) == {"model", "plots and series", "plots alone", "series alone"}
+    # An earlier test may have trained the first arm.
+    assert set(workers) == {2}
 
 
 def test_few_labels_are_studied_from_the_checkpoint(negatives: str, plan: Plan) -> None:
@@ -197,9 +207,12 @@ def test_a_table_names_the_checkpoint_of_its_arms(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("training.ablation.ablate", lambda _, plan: plans.append(plan) or "")
     for study in ("labels", "inputs"):
         command = ["ablate", study, "--seeds", "1", "--pretrained", "runs/mine/checkpoint.pt"]
+        command += ["--workers", "4"]
         assert CliRunner().invoke(app, command).exit_code == 0
     few, inputs = (plan.command for plan in plans)
     assert few.endswith(
         "labels --bundle pixels-crops-us --seeds 1 --pretrained runs/mine/checkpoint.pt"
     )
     assert "pretrained" not in inputs
+    assert "workers" not in few  # they do not change the numbers
+    assert {plan.workers for plan in plans} == {4}

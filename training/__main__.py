@@ -311,6 +311,9 @@ def ablate(
     report: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/results.md"),
     device: Device = "auto",
     threads: Threads = 1,
+    workers: Annotated[
+        int, typer.Option(help="Threads that prepare a pretraining's batches ahead.")
+    ] = 1,
     settings: Settings = None,
 ) -> None:
     """Run an ablation study: train the missing runs and write the table."""
@@ -338,6 +341,7 @@ def ablate(
         settings=tuple(settings or ()),
         device=device,
         threads=threads,
+        workers=workers,
         command=" ".join([f"python -m training ablate {study}", *words]),
     )
     Console().print(run_study(study, plan), markup=False, soft_wrap=True)

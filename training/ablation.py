@@ -106,6 +106,8 @@ class Plan:
     """Settings of all arms."""
     device: str = "auto"
     threads: int = 1
+    workers: int = 1
+    """Threads that prepare a pretraining's batches ahead; their number affects the speed only."""
     command: str = ""
     """The command, for the report."""
 
@@ -472,7 +474,7 @@ def _pretrain_and_probe(
 ) -> None:
     if plan.threads:
         torch.set_num_threads(plan.threads)
-    pretrain(config, places=plan.places, folder=folder, device=plan.device)
+    pretrain(config, places=plan.places, folder=folder, device=plan.device, workers=plan.workers)
     _, networks = load_networks(folder / CHECKPOINT)
     # Held-out places of every source, including one that this arm was not trained on. The synthetic
     # scenes are of another seed, so no arm was trained on them.
