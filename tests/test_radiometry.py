@@ -258,11 +258,14 @@ def test_a_mask_that_is_clear_where_the_pixels_are_clouds_is_doubted(
     assert codes(opened(files, mask="none")) == []
 
 
-def test_what_is_always_bright_is_no_cloud(tmp_path: Path) -> None:
-    """A salt pan has the same blue on every date."""
+@pytest.mark.parametrize("levels", [(4000, 5000), (300, 4000)])
+def test_what_is_always_bright_or_noise_is_no_cloud(
+    tmp_path: Path, levels: tuple[int, int]
+) -> None:
+    """A salt pan has the same blue on every date, and clouds cover neighbours."""
     files = []
     for n in range(5):
-        pixels = np.random.default_rng(n).uniform(4000, 5000, (4, 20, 20)).astype(np.uint16)
+        pixels = np.random.default_rng(n).uniform(*levels, (4, 20, 20)).astype(np.uint16)
         pixels[3] = 5
         path = tmp_path / f"2021{n + 1:02d}05.tif"
         files.append(write(path, pixels, descriptions=(*BANDS, "SCL")))

@@ -111,6 +111,8 @@ _FEWEST_CLEAR = 20
 # of which it marks hardly any. docs/decisions/cloud-mask.md has the share on real clear dates.
 _CLOUDY_SHARE = 0.2
 _HARDLY_MARKED = 0.02
+# Clouds cover neighbours: the pixel sampled after one as bright as clouds mostly is so as well.
+_CLOUD_BESIDE = 0.7
 _NAMED_DATES = 12
 _SAMPLED_DATES = 8
 _SAMPLED_SIDE = 128
@@ -1029,10 +1031,12 @@ def _mask_doubted(stack: Stack, sample: _Sample, values: Floats) -> Iterator[Sta
     bright = seen & _bright_as_clouds(sample, blue)
     count = seen.sum(axis=1)
     marked = (seen & ~sample.valid).sum(axis=1)
+    beside = (bright[:, :-1] & bright[:, 1:]).sum(axis=1)
     doubted = (
         (count >= _FEWEST_CLEAR)
         & (marked < _HARDLY_MARKED * count)
         & ((bright & sample.valid).sum(axis=1) >= _CLOUDY_SHARE * count)
+        & (beside >= _CLOUD_BESIDE * bright[:, :-1].sum(axis=1))
     )
     ts = np.flatnonzero(doubted).tolist()
     if not ts:
