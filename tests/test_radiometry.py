@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -42,9 +43,13 @@ def field(
     times: float = 10_000,
     **how,
 ) -> SourceFile:
-    """A field of about the reflectance given in blue, red and near infrared."""
+    """A field of about the reflectance given in blue, red and near infrared.
+
+    Fields of other names differ a little, because no two images have the same pixels.
+    """
     rng = np.random.default_rng(0)
     spread = rng.uniform(0.8, 1.2, (3, side, side))
+    spread *= np.random.default_rng(crc32(path.stem.encode())).normal(1, 0.002, spread.shape)
     pixels = np.asarray(levels)[:, None, None] * spread * times + add
     return write(path, pixels.astype(dtype), descriptions=BANDS, **how)
 
@@ -212,6 +217,18 @@ def test_pixels_that_no_two_images_have_alike_are_named(
     warnings = found(opened(files))
     assert [warning.code for warning in warnings] == (["pixels_repeated"] if said else [])
     assert all(said in warning.detail for warning in warnings)
+
+
+@pytest.mark.parametrize("copies", [0, 2, 4, 6, 8])
+def test_one_image_under_many_dates_is_named(tmp_path: Path, copies: int) -> None:
+    """Also if it is on more than half of the dates, or on all."""
+    image = field(tmp_path / "image.tif").path.read_bytes()
+    files = [field(tmp_path / f"2021{n + 1:02d}05.tif") for n in range(8)]
+    for file in files[:copies]:
+        file.path.write_bytes(image)
+    (detail,) = [w.detail for w in found(opened(files))] or [""]
+    assert (f"as another date ({copies} of 8 dates)" in detail) == (copies > 0)
+    assert ("'20210105.tif' (2021-01-05), '20210205.tif'" in detail) == (copies > 0)
 
 
 def test_imagery_without_near_infrared_is_not_judged_for_it(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 def stack(
     folder: Path, days: Sequence[date] = YEAR, *, side: int = 8, scl: int | None = None, **how: Any
 ) -> list[tuple[str, Any]]:
-    """A plain field, one file per date."""
+    """A plain field, one file per date; each date differs a little from the others."""
     names = ["B02", "B03", "B04", "B08"]
     spread = np.random.default_rng(0).uniform(0.8, 1.2, (4, side, side))
     pixels = (np.array([400, 500, 600, 3000])[:, None, None] * spread).astype(np.uint16)
@@ -54,8 +54,10 @@ def stack(
         names.append("SCL")
         pixels = np.concatenate([pixels, np.full((1, side, side), scl, np.uint16)])
     files = []
-    for day in days:
-        path = write(folder / f"{day}.tif", pixels, descriptions=names, **how).path
+    for n, day in enumerate(days):
+        own = pixels.copy()
+        own[:4] += np.uint16(n)
+        path = write(folder / f"{day}.tif", own, descriptions=names, **how).path
         files.append(("files", (path.name, path.read_bytes(), "image/tiff")))
     return files
 

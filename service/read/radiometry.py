@@ -982,11 +982,12 @@ def _repeated(sample: _Sample) -> Iterator[StackWarning]:
             words = f"{what[0]} and {what[1]} are equal in all clear pixels sampled"
         yield _repeats(f"{sample.names(ts)}: {words}, so that a band seems to be missing or named "
                        "wrongly: check the file, or leave out that date")  # fmt: skip
-    dates = _equal_dates(sample)
-    if 0 < 2 * len(dates) <= len(sample.positions):
+    if dates := _equal_dates(sample):
+        of_all = f"{len(dates)} of {len(sample.positions)} dates"
         yield _repeats(
-            f"{sample.names(dates)} have the same pixels in all bands, so that one image seems to "
-            "have been saved under two dates: check them, or leave out one"
+            f"{sample.names(dates)} have the same pixels in all bands as another date ({of_all}), "
+            "so that one image seems to have been saved under several dates: check them, and leave "
+            "out the copies"
         )
 
 
