@@ -178,8 +178,10 @@ def _graph_arm(row: str, key: str, networks: Networks) -> Arm:
 def untrained_arm() -> Arm:
     """The encoder of the shipped embedding with random weights."""
     torch.manual_seed(0)
-    key = f"untrained {_digest(FIRST.model_dump_json().encode())}"
-    return _graph_arm("untrained encoder", key, Networks(FIRST))
+    networks = Networks(FIRST)
+    weights = networks.pixel.state_dict().values()
+    key = _digest(b"".join(value.numpy().tobytes() for value in weights))
+    return _graph_arm("untrained encoder", key, networks)
 
 
 def shipped_arm(folder: Path = ZOO / "embed-pixel") -> Arm:
@@ -292,63 +294,82 @@ def compare(
     labels: Sequence[int],
     draws: int,
     out: Path | None,
+    share: float = 0.0,
 ) -> list[Column]:
-    """Every arm on the same draws; scores that are in `out` are not measured again."""
+    """Every arm on the same draws.
+
+    Args:
+        arms: features and models.
+        regions: readers of the regions by name.
+        labels: numbers of labels of a class.
+        draws: of each number of labels.
+        out: file of scores; those that are there are not measured again.
+        share: smallest share of a region's pixels; classes with fewer are left out.
+    """
     kept: dict[str, float] = {}
     if out and out.exists():
         kept = json.loads(out.read_text())
     columns = []
     for name, load in regions.items():
-        region = load()
+        whole = load()
+        region = _of_common_classes(whole, share)
+        fewer = len(region.classes) < len(whole.classes)
+        at = f"{name}, classes of {share:.1%}" if fewer else name
         drawn = {
-            count: [
-                (seed, found)
+            count: {
+                f"{at}/{count}/{seed}": found
                 for seed in range(draws)
                 if (found := draw(region, count, seed, tested=None)) is not None
-            ]
+            }
             for count in labels
         }
+        every = {key: one for several in drawn.values() for key, one in several.items()}
         for arm in arms:
-            todo = {
-                f"{name}/{count}/{seed}/{arm.key}": one
-                for count, several in drawn.items()
-                for seed, one in several
-                if f"{name}/{count}/{seed}/{arm.key}" not in kept
-            }
+            todo = {key: one for key, one in every.items() if f"{key}/{arm.key}" not in kept}
             x = arm.features(region) if todo else None
             if x is None:
                 continue
             for key, one in todo.items():
                 rows = np.concatenate([one.labels, one.tested])
-                kept[key] = arm.fit(Known(region=region, drawn=one, values=x[rows]))
+                score = arm.fit(Known(region=region, drawn=one, values=x[rows]))
+                kept[f"{key}/{arm.key}"] = score
                 _keep(kept, out)
-                print(f"{arm.row}, {key}: {kept[key]:.4f}", file=sys.stderr, flush=True)
+                print(f"{arm.row}, {key}: {score:.4f}", file=sys.stderr, flush=True)
         _filled.cache_clear()
         for count, several in drawn.items():
             if several:
-                columns.append(_column(name, region, count, several, arms, kept))
+                classes = [len(np.unique(region.classes[one.labels])) for one in several.values()]
+                scores = {
+                    arm.key: [kept.get(f"{key}/{arm.key}", np.nan) for key in several]
+                    for arm in arms
+                }
+                columns.append(
+                    Column(
+                        region=name,
+                        labels=count,
+                        draws=list(several.values()),
+                        classes=float(np.mean(classes)),
+                        scores={
+                            key: np.array(own)
+                            for key, own in scores.items()
+                            if not np.isnan(own).any()
+                        },
+                    )
+                )
     return columns
 
 
-def _column(
-    name: str,
-    region: Region,
-    count: int,
-    several: Sequence[tuple[int, Draw]],
-    arms: Sequence[Arm],
-    kept: Mapping[str, float],
-) -> Column:
-    keys = {arm.key: [f"{name}/{count}/{seed}/{arm.key}" for seed, _ in several] for arm in arms}
-    return Column(
-        region=name,
-        labels=count,
-        draws=[one for _, one in several],
-        classes=float(np.mean([len(np.unique(region.classes[d.labels])) for _, d in several])),
-        scores={
-            arm: np.array([kept[key] for key in own])
-            for arm, own in keys.items()
-            if all(key in kept for key in own)
-        },
+def _of_common_classes(region: Region, share: float) -> Region:
+    names, counts = np.unique(region.classes, return_counts=True)
+    own = np.isin(region.classes, names[counts >= share * len(region.classes)])
+    placed = region.lonlat is not None and region.lonlat.ndim == 2
+    return replace(
+        region,
+        values=region.values[own],
+        dates=region.dates[own],
+        classes=region.classes[own],
+        places=region.places[own],
+        lonlat=region.lonlat[own] if placed else region.lonlat,
     )
 
 
@@ -451,6 +472,9 @@ def main() -> None:
     parser.add_argument("--labels", nargs="+", type=int, default=[10, 30, 100], help="of a class")
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument(
+        "--share", type=float, default=0, help="of a region's pixels; rarer classes are left out"
+    )
+    parser.add_argument(
         "--run", nargs="+", action="extend", type=Path, default=[], help="folders of pretraining"
     )
     parser.add_argument("--presto", type=Path, help="file of Presto's public weights")
@@ -472,6 +496,7 @@ def main() -> None:
             labels=options.labels,
             draws=options.draws,
             out=options.out,
+            share=options.share,
         )
     text = tables(arms, columns)
     if options.markdown:

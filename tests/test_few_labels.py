@@ -167,6 +167,30 @@ def test_the_best_plain_model_is_that_of_the_same_bands(region):
     assert "| ten |" + " -2.0 ± 0.0 |" * 4 in text
 
 
+def test_rare_classes_are_left_out(region):
+    # Of 192 pixels, 48 are of each class, but for ten of "a", which get a class of their own.
+    count = np.arange(len(region.classes)) // 4
+    rare = (region.classes == "a") & (count % 5 == 0)
+    made = replace(
+        region,
+        classes=np.where(rare, "e", region.classes),
+        lonlat=np.stack([region.places.astype(float)] * 2, axis=1),
+    )
+    seen = {}
+
+    def features(given: Region):
+        seen[share] = set(given.classes)
+        assert len(given.values) == len(given.dates) == len(given.places)
+        np.testing.assert_array_equal(given.lonlat[:, 0], given.places.astype(float))
+        return given.values
+
+    arm = Arm(row="a", key="a", three=True, features=features, fit=lambda known: 0.5)
+    for share in (0.05, 0.06):
+        compare([arm], {"x": lambda: made}, labels=[5], draws=1, out=None, share=share)
+    assert rare.sum() == 10  # 5.2 percent
+    assert seen == {0.05: {"a", "b", "c", "d", "e"}, 0.06: {"a", "b", "c", "d"}}
+
+
 def test_presto_sees_the_place_and_ndvi_with_the_weights_given(tmp_path):
     pytest.importorskip("einops")
     pytest.importorskip("rslearn")
