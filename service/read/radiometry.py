@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from service.errors import ImplausibleReflectance, StackWarning, first_names
 from service.grid import Window
-from service.read import clouds
+from service.read import alignment, clouds
 from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
 from service.read.reflectance import BASELINE_OFFSET, GIVEN, days_in_words
@@ -114,6 +114,9 @@ _HARDLY_MARKED = 0.02
 # Clouds cover neighbours: the pixel sampled after one as bright as clouds mostly is so as well.
 _CLOUD_BESIDE = 0.7
 _NAMED_DATES = 12
+# Two bands by which images are compared: the first ones that are there, red first, in which clouds
+# are bright.
+_COMPARED = ("B04", "B08", "B03", "B02")
 _SAMPLED_DATES = 8
 _SAMPLED_SIDE = 128
 # Number of pixels sampled over all dates: percentiles of more would take longer than reading them.
@@ -140,6 +143,11 @@ class _Sample:
     """(T, C) of the first acquisition of each date."""
     places: tuple[tuple[int, ...], ...]
     """(T, …) the place in the raster of each part of the N axis; all parts have one length."""
+    pictures: Floats
+    """(T, K, B, h, w) the middle of each date's K places, of the bands `compared`, as stored; NaN
+    where missing or not clear."""
+    compared: tuple[int, ...]
+    """(B) positions on the C axis of the bands by which images are compared."""
 
     def shared(self, t: int, u: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Positions on the N axis of two dates (n) of the same pixels, valid on both dates."""
@@ -161,6 +169,17 @@ class _Sample:
         offset = np.array([[p.offset for p in own] for own in self.planes], np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(self.stored * scale[:, :, None] + offset[:, :, None])
+
+    def picture(self, t: int, k: int) -> Floats:
+        """Reflectance (B, h, w) of one of the pictures of a date."""
+        planes = [self.planes[t][c] for c in self.compared]
+        own, found = self.pictures[t, k], np.empty(self.pictures.shape[2:], np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for b, plane in enumerate(planes):
+                found[b] = own[b] * np.float32(plane.scale) + np.float32(plane.offset)
+                if plane.nodata is not None:  # also a number that was found to mean missing
+                    found[b][own[b] == plane.nodata] = np.nan
+        return np.where(np.isfinite(found), found, np.float32(np.nan))
 
     def name(self, t: int) -> str:
         """File and day of a date, for messages."""
@@ -208,7 +227,8 @@ def calibrate(
     Returns:
         The stack with corrected scale, offset and nodata of its planes, and any of the warnings
         `offset_applied`, `baseline_offset_suspected`, `scale_suspected`, `nodata_assumed`,
-        `nodata_suspected`, `bands_suspected_swapped`, `pixels_repeated`, `mask_doubted`.
+        `nodata_suspected`, `bands_suspected_swapped`, `pixels_repeated`, `mask_doubted`,
+        `shift_suspected`.
 
     Raises:
         ImplausibleReflectance: the median of the clear values, of all dates or of one, is outside
@@ -236,6 +256,7 @@ def calibrate(
             *_swapped(sample, values, clear),
             *_repeated(sample),
             *_mask_doubted(stack, sample, values),
+            *_moved(stack, sample),
         ]
     corrected = _with_planes(stack, sample)
     stated = _offsets_in_words(corrected, positions)
@@ -1054,6 +1075,34 @@ def _mask_doubted(stack: Stack, sample: _Sample, values: Floats) -> Iterator[Sta
     )
 
 
+def _moved(stack: Stack, sample: _Sample) -> Iterator[StackWarning]:
+    """The warning that images are mirrored, turned or shifted relative to those of other dates."""
+    days = _day_numbers(sample)
+    found: dict[int, alignment.Moved] = {}
+    for place in sorted({place for places in sample.places for place in places}):
+        at = [(t, own.index(place)) for t, own in enumerate(sample.places) if place in own]
+        if len(at) < alignment.FEWEST_DATES:
+            continue
+        pictures = np.stack([sample.picture(t, k) for t, k in at])
+        if stack.mask == "none" or stack.cloud_bands is not None:  # clouds are still in them
+            pictures[clouds.brightened(pictures[:, 0])[:, None].repeat(pictures.shape[1], 1)] = (
+                np.nan
+            )
+        for moved in alignment.find_moved(pictures, [days[t] for t, _ in at]):
+            found.setdefault(at[moved.date][0], moved)
+    if found:
+        ts = sorted(found)
+        moved = found[ts[0]]
+        others = f" ({len(ts)} dates do not lie as the others: {sample.when(ts)})"
+        yield StackWarning(
+            code="shift_suspected",
+            detail=f"{sample.name(ts[0])} seems to be {moved.how} relative to the dates near it: "
+            f"moved back, the correlation of its pixels with theirs is {moved.after:.2f} instead "
+            f"of {moved.before:.2f}{others if len(ts) > 1 else ''}; it is read as its transform "
+            "states: check how the file was written, or leave out that date",
+        )
+
+
 def _bright_as_clouds(sample: _Sample, blue: Floats) -> NDArray[np.bool_]:
     """`clouds.brightened` (T, N), each place by the dates on which it was sampled."""
     found = np.zeros(blue.shape, np.bool_)
@@ -1080,6 +1129,8 @@ def sample_bytes(stack: Stack, used: Sequence[int]) -> int:
     each = _windows_per_date(windows, len(used))
     pixels = each * int(windows[0].height * windows[0].width)
     checked = 4 * 4 * _SAMPLED_PIXELS * len(stack.bands_read)
+    # Pictures of two bands, as stored and of one place as reflectance.
+    checked += 2 * 2 * 4 * len(used) * each * alignment.SIDE**2
     return 2 * len(used) * pixels * (4 * len(stack.bands_read) + 1) + checked
 
 
@@ -1103,6 +1154,9 @@ def _sample(
     # Every n-th pixel of each place, so that a place has the same sampled pixels on all dates.
     thin = slice(None, None, max(1, T * each * size // _SAMPLED_PIXELS))
     size = len(range(size)[thin])
+    compared = tuple(plain.bands.index(b) for b in _COMPARED if b in plain.bands)[:2]
+    sides = alignment.side(windows[0].height), alignment.side(windows[0].width)
+    pictures = np.empty((T, each, len(compared), *sides), np.float32)
     stored = np.empty((T, C, each * size), np.float32)
     valid = np.empty((T, each * size), np.bool_)
     # The dates take turns with the places, so that many dates together cover all places. All places
@@ -1116,9 +1170,15 @@ def _sample(
             parts = reader.read_together([windows[at] for at in chosen])
         for at, part in zip(chosen, parts, strict=True):
             for k, t in enumerate(ts):
-                begin = places[t].index(at) * size
+                n = places[t].index(at)
+                begin = n * size
                 stored[t, :, begin : begin + size] = part.values[k].reshape(C, -1)[:, thin]
                 valid[t, begin : begin + size] = part.valid[k].reshape(-1)[thin]
+                pictures[t, n] = np.where(
+                    alignment.crop(part.valid[k]),
+                    alignment.crop(part.values[k][list(compared)]),
+                    np.float32(np.nan),
+                )
     first = _first_planes(stack)
     return _Sample(
         stored=stored,
@@ -1128,6 +1188,8 @@ def _sample(
         bands=plain.bands,
         planes=tuple(first[t] for t in positions),
         places=tuple(places),
+        pictures=pictures,
+        compared=compared,
     )
 
 
