@@ -18,7 +18,6 @@ import rasterio
 import torch
 from PIL import Image
 
-from models.graph import PatchGraph
 from models.registry import load_bundle
 from tests.kits.exports import float32_alone
 from training.augment import smooth, to_surface
@@ -42,7 +41,6 @@ from training.finetune import (
     task_of,
 )
 from training.imagenet import imagenet_weights
-from training.landcover import PatchClassification
 from training.robustness import NotLandcover, measure_robustness
 
 pytestmark = pytest.mark.slow
@@ -102,40 +100,6 @@ def test_networks_of_two_runs_predict_together(data: Path, apart: list[Path]) ->
         alone = [load_finished(path.parent)[2].raw(patches) for path in apart]
         torch.testing.assert_close(joined.raw(patches), (alone[0] + alone[1]) / 2)
     assert not torch.allclose(alone[0], alone[1])
-
-
-def test_a_network_learns_the_mean_of_networks_of_other_shapes(
-    data: Path, apart: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    teachers = tuple(path.parent for path in apart)
-    given = []
-    loss = PatchClassification.loss
-
-    def seen(
-        task: PatchClassification,
-        graph: PatchGraph,
-        batch: tuple[torch.Tensor, ...],
-        taught: torch.Tensor,
-    ) -> torch.Tensor:
-        given.append((batch, taught))
-        return loss(task, graph, batch, taught)
-
-    monkeypatch.setattr(PatchClassification, "loss", seen)
-    run = Run(config=config(COARSE), data=data, teachers=teachers)
-    finetune(run, tmp_path / "taught", device="cpu", threads=1)
-    monkeypatch.undo()
-    graphs = [load_finished(folder)[2] for folder in teachers]
-    with torch.inference_mode():
-        for (patches, _), taught in given:
-            torch.testing.assert_close(taught, (graphs[0](patches) + graphs[1](patches)) / 2)
-    (patches, target), taught = given[0]
-    task = task_of(run)
-    graph = new_graph(run, task).eval()
-    own = loss(task, graph, (patches, target)).item()
-    logits = graph.raw(patches).detach()
-    entropy = -(taught * torch.log_softmax(logits, dim=1)).sum(dim=1).mean().item()
-    found = loss(task, graph, (patches, target), taught).item()
-    assert found == pytest.approx(0.3 * own + 0.7 * entropy, rel=1e-5)
 
 
 def test_a_joined_run_is_scored_exported_and_made_again(

@@ -117,13 +117,6 @@ def finetune(
             "several runs, whose networks are then joined."
         ),
     ] = None,
-    teacher: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Folder of a finished run whose predictions are learned beside the labels, by "
-            "--set distil=0.7; repeatable, their mean counts."
-        ),
-    ] = None,
     romania: Annotated[
         Path | None, typer.Option(help="The Romania cube of nrt 0.2.1, for forecasts.")
     ] = None,
@@ -157,7 +150,6 @@ def finetune(
         config=config,
         data=data,
         pretrained=tuple(pretrained or ()),
-        teachers=tuple(teacher or ()),
         everything=everything,
         protocol=protocol.value,
         left_out=tuple(left_out or ()),

@@ -24,7 +24,7 @@ from training.config import (
     starts_from_imagenet,
 )
 from training.errors import TrainingError
-from training.finetune import METRICS, RUN, WEIGHTS, machine, runs_behind
+from training.finetune import RUN, WEIGHTS, machine
 from training.imagenet import IMAGES
 from training.licences import (
     LICENCE,
@@ -126,7 +126,7 @@ def card_fields(run: Run, task: Task[Any], metrics: Mapping[str, Any], name: str
         "name": name,
         "description": about.text,
         "default": about.default,
-        "licence": LICENCE_FROM_IMAGENET if _from_imagenet(run) else LICENCE,
+        "licence": LICENCE_FROM_IMAGENET if starts_from_imagenet(config) else LICENCE,
         "metrics": _metrics(config, metrics),
         "training_data": data,
         **sensed(data),
@@ -162,68 +162,23 @@ def _metrics(
 
 
 def _training_data(run: Run, task: Task[Any]) -> tuple[TrainingData, ...]:
-    """Training data of a run, preceded by those of the pretraining that it started from.
-
-    Those of its teachers follow, where the run itself does not have them.
-
-    Raises:
-        UnknownOrigin: a teacher's folder no longer states its training data.
-    """
+    """Training data of a run, preceded by those of the pretraining that it started from."""
     start = (
         (training_data("imagenet", "weights that training starts from", IMAGES),)
-        if _from_imagenet(run)
+        if starts_from_imagenet(run.config)
         else ()
     )
-    own = task.data()
-    names = {part["name"] for part in own}
-    taught = {
-        (part["name"], part["use"]): part
-        for folder in run.teachers
-        for part in _data_of(folder)
-        if part["name"] not in names
-    }
     return (
         *start,
         *pretraining_data(_learned_from(run)),
-        *(training_data(**part) for part in own),
-        *(
-            training_data(**{**part, "use": f"{part['use']} of a teacher"})
-            for part in taught.values()
-        ),
+        *(training_data(**part) for part in task.data()),
     )
-
-
-def _data_of(teacher: Path) -> list[dict[str, Any]]:
-    """The data that a teacher was trained on, as its metrics state them.
-
-    Raises:
-        UnknownOrigin: the folder does not hold them.
-    """
-    try:
-        metrics = json.loads((teacher / METRICS).read_text())
-    except FileNotFoundError as error:
-        raise UnknownOrigin(
-            f"the teacher {teacher} is not there any more, and a card needs its training data: "
-            "restore its folder"
-        ) from error
-    data: list[dict[str, Any]] = metrics["data"]
-    return data
-
-
-def _from_imagenet(run: Run) -> bool:
-    """Whether weights of ImageNet are behind a run, or behind one that it learned from."""
-    return any(starts_from_imagenet(behind.config) for behind in runs_behind(run))
-
-
-def _checkpoints(run: Run) -> list[Path]:
-    """Checkpoints that a run learned from: those that it starts from and its teachers' weights."""
-    return [*run.pretrained, *(folder / WEIGHTS for folder in run.teachers)]
 
 
 def _learned_from(run: Run) -> dict[str, int]:
     """Number of samples of each source in the pretrainings behind a run."""
     found: dict[str, int] = {}
-    for checkpoint in _checkpoints(run):
+    for checkpoint in run.pretrained:
         if earlier := _run_of(checkpoint):
             found |= _learned_from(earlier)
         elif stored := _pretraining(checkpoint):
@@ -304,9 +259,6 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
         words += ["--run", folder.as_posix()]
     for checkpoint in run.pretrained:
         words += ["--pretrained", checkpoint.as_posix()]
-    for folder_of_teacher in run.teachers:
-        words += ["--teacher", folder_of_teacher.as_posix()]
-    for checkpoint in _checkpoints(run):
         earlier += [c for c in _commands_before(checkpoint) if c not in earlier]
     words += ["--romania CUBE"] if run.romania else []
     words += [f"--left-out {shlex.quote(region)}" for region in run.left_out]

@@ -64,7 +64,6 @@ class PixelClassification:
     """
 
     has_linear_head = True
-    targets = 1
 
     def __init__(
         self,
@@ -126,18 +125,12 @@ class PixelClassification:
     def _weights(self) -> NDArray[np.float64]:
         return sampling_weights(self.train, self.config.balance, self.config.regions)
 
-    def loss(
-        self, graph: PixelGraph, batch: tuple[Tensor, ...], taught: Tensor | None = None
-    ) -> Tensor:
-        """Mean cross entropy of the networks, to the labels and to probabilities taught (N, K)."""
+    def loss(self, graph: PixelGraph, batch: tuple[Tensor, ...]) -> Tensor:
+        """Mean cross entropy of the networks."""
         *inputs, labels = batch
         adjustment = self.adjustment.to(labels.device)
-        logits = graph.each(*inputs)
-        own = cross_entropy([x + adjustment for x in logits], labels, self.config.smoothing)
-        if taught is None:
-            return own
-        # Without the adjustment, which the teachers' probabilities do not have either.
-        return own.lerp(cross_entropy(logits, taught, 0.0), self.config.distil)
+        adjusted = [logits + adjustment for logits in graph.each(*inputs)]
+        return cross_entropy(adjusted, labels, self.config.smoothing)
 
     def finish(self, graph: PixelGraph) -> None:
         """Fit the temperature on the validation places."""

@@ -117,15 +117,7 @@ class Optimisation(_Frozen):
     validation places, which the card states."""
 
 
-class _Taught(_Frozen):
-    """A network that may learn from teachers: see `Run.teachers`."""
-
-    distil: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
-    """Weight of the teachers' mean prediction in the loss, and 1 minus that of the labels; without
-    teachers the labels alone count."""
-
-
-class _Networks(_Taught):
+class _Networks(_Frozen):
     """Networks of one shape, trained side by side."""
 
     members: Annotated[int, Field(ge=1)] = 1
@@ -206,7 +198,7 @@ class ForecastConfig(_Networks):
     network: Network = "pimc"
 
 
-class LandcoverConfig(_Taught):
+class LandcoverConfig(_Frozen):
     """A classifier of patches of imagery."""
 
     task: Literal["landcover"] = "landcover"
@@ -281,8 +273,6 @@ class Run(_Frozen):
     pretrained: tuple[Path, ...] = ()
     """Checkpoints that the run starts from: that of a pretraining or an earlier run, or those of
     several earlier runs, whose networks are joined. An empty tuple starts from scratch."""
-    teachers: tuple[Path, ...] = ()
-    """Folders of finished runs whose mean prediction the run also learns."""
     everything: bool = False
     """Whether the validation places are trained on too; such a run has no score."""
     protocol: Protocol = "finetune"

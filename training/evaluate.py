@@ -177,8 +177,6 @@ def label_of(run: Run) -> str:
         words = [f"{_PROTOCOLS[run.protocol]} on {words[0]}"]
     if run.pretrained:
         words.append("from " + " and ".join(path.parent.name for path in run.pretrained))
-    if run.teachers:
-        words.append("taught by " + " and ".join(path.name for path in run.teachers))
     return ", ".join([*words, *(f"{key} {value}" for key, value in changes.items())])
 
 

@@ -6,16 +6,12 @@ A task gives the graph, the batches, the loss and the scores; the loop is the sa
 CPU and GPU. A killed run resumes to the same weights: a checkpoint is written after every epoch and
 every two minutes within one, and the random numbers of an epoch depend only on the seed and the
 epoch's number. A run under the protocol `linear` or `knn` trains no encoder: see `training.probe`.
-
-A run may also learn the mean prediction of finished runs, its teachers, on the same augmented
-inputs (Hinton et al. 2015, arXiv 1503.02531).
 """
 
 from __future__ import annotations
 
 import copy
 import csv
-import hashlib
 import itertools
 import json
 import logging
@@ -23,7 +19,7 @@ import os
 import pickle
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -79,14 +75,6 @@ _TASKS: Mapping[str, Callable[[Any], Task[Any]]] = {
 }
 
 
-# What a teacher must share with a run of a task: its inputs and what its predictions mean.
-_SHARED: Mapping[str, Sequence[str]] = {
-    "classify": ("legend", "bands", "indices", "window"),
-    "forecast": ("bands", "indices", "window", "horizon", "quantiles"),
-    "landcover": ("patch",),
-}
-
-
 class CheckpointMismatch(TrainingError):
     """A checkpoint whose configuration differs from the run's, or without the needed encoder."""
 
@@ -101,10 +89,6 @@ class NotLeftOut(TrainingError):
 
 class ManyEncoders(TrainingError):
     """A probe needs one encoder, and the configuration has several."""
-
-
-class UnfitTeacher(TrainingError):
-    """A teacher whose predictions a run cannot or must not learn."""
 
 
 class NoGraph(TrainingError):
@@ -137,31 +121,6 @@ class _Reached:
     """Training time so far, of all calls."""
     best: dict[str, Any] | None = None
     """Score, epoch and weights of the best epoch, if training may stop early."""
-    teachers: tuple[str, ...] = ()
-    """Digests of the teachers' weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teachers:
-    """Graphs of finished runs whose mean prediction a run learns; none for a run without them."""
-
-    graphs: tuple[Graph, ...] = ()
-    """In evaluation mode, on the device of the training."""
-    digests: tuple[str, ...] = ()
-    """Of the weights of each."""
-
-    def predict(self, batch: Sequence[Tensor], targets: int) -> Tensor | None:
-        """Mean prediction, as the graphs' own; None without teachers.
-
-        Args:
-            batch: a batch of the task.
-            targets: `Task.targets`.
-        """
-        if not self.graphs:
-            return None
-        inputs = batch[: len(batch) - targets]
-        with torch.no_grad():
-            return torch.stack([graph(*inputs).float() for graph in self.graphs]).mean(dim=0)
 
 
 def task_of(run: Run) -> Task[Any]:
@@ -205,12 +164,9 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
         NoImageNetWeights: the run starts from ImageNet weights, which are not installed.
         NotLeftOut: the data have no region of a name in `left_out`, or no validation places beside
             the regions left out.
-        UnfitTeacher: a teacher is of another task, legend or input, or learned from places that
-            this run is scored on.
     """
     if threads:
         torch.set_num_threads(threads)
-    taught_by = [_teacher(run, teacher) for teacher in run.teachers]
     if run.protocol != "finetune" and run.config.networks > 1:
         one = run.config.one_network
         raise ManyEncoders(
@@ -227,7 +183,6 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     _same_run(run, folder)
     task = task_of(run)
     _check_regions(run, task)
-    teachers = _load_teachers(run, taught_by, task, where)
     graph = new_graph(run, task)
     if not run.pretrained and starts_from_imagenet(run.config):
         start_from_imagenet(graph)
@@ -237,7 +192,7 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     started = time.monotonic()
     facts: dict[str, Any] = {}
     if run.protocol == "finetune":
-        graph = fit(task, graph, run.config.optimisation, folder, where, teachers)
+        graph = fit(task, graph, run.config.optimisation, folder, where)
         facts = _log_summary(folder)
     elif run.protocol == "linear" and task.has_linear_head:
         put_linear_head(cast("Any", task), graph)
@@ -284,68 +239,6 @@ def _check_regions(run: Run, task: Task[Any]) -> None:
         )
 
 
-def _teacher(run: Run, folder: Path) -> Run:
-    """The run of a teacher.
-
-    Raises:
-        UnfitTeacher: it is not finished, predicts something else, or learned from places that this
-            run is scored on.
-    """
-    if run.protocol != "finetune":
-        raise UnfitTeacher(
-            f"protocol {run.protocol} learns from labels alone: leave out --teacher or --protocol"
-        )
-    if not (is_finished(folder) and (folder / WEIGHTS).is_file()):
-        raise UnfitTeacher(
-            f"{folder} is not the folder of a finished run with weights: give one as --teacher"
-        )
-    stored = Run.model_validate_json((folder / RUN).read_bytes())
-    for name in ("task", *_SHARED[run.config.task]):
-        own, other = getattr(run.config, name), getattr(stored.config, name)
-        if own != other:
-            raise UnfitTeacher(
-                f"the teacher {folder} has another {name} ({other}) than this run ({own}): give a "
-                "teacher of the same task, inputs and outputs"
-            )
-    for behind in runs_behind(stored):
-        if behind.everything and not run.everything:
-            raise UnfitTeacher(
-                f"the teacher {folder} learned from the validation places, on which this run is "
-                "scored: give a teacher that did not, or --everything"
-            )
-        if seen := set(run.left_out) - set(behind.left_out):
-            raise UnfitTeacher(
-                f"the teacher {folder} learned from {', '.join(sorted(seen))}, which this run "
-                "leaves out: give a teacher that was trained with the same --left-out"
-            )
-    return stored
-
-
-def runs_behind(run: Run) -> Iterator[Run]:
-    """A run and those that it learned from, by their weights or as its teachers."""
-    yield run
-    started = [path.parent for path in run.pretrained if path.name == WEIGHTS]
-    for folder in (*started, *run.teachers):
-        if (folder / RUN).is_file():
-            yield from runs_behind(Run.model_validate_json((folder / RUN).read_bytes()))
-
-
-def _load_teachers(
-    run: Run, taught_by: Sequence[Run], task: Task[Any], device: torch.device
-) -> Teachers:
-    """The teachers of a run, on its device."""
-    graphs, digests = [], []
-    for folder, teacher in zip(run.teachers, taught_by, strict=True):
-        # A graph depends on the configuration and the legend alone, so no data are read again.
-        like = copy.copy(task)
-        like.config = teacher.config
-        graph = like.graph()
-        graph.load_state_dict(load_checkpoint(folder / WEIGHTS))
-        graphs.append(graph.to(device).eval().requires_grad_(requires_grad=False))
-        digests.append(hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
-    return Teachers(graphs=tuple(graphs), digests=tuple(digests))
-
-
 def _probe(run: Run, task: Task[Any], graph: Graph, folder: Path) -> None:
     """Store the outputs of a probe that has no graph."""
     if run.everything:
@@ -364,17 +257,9 @@ def _scores(run: Run, task: Any, graph: Graph | None, folder: Path) -> dict[str,
 
 
 def fit(
-    task: Task[GraphT],
-    graph: GraphT,
-    how: Optimisation,
-    folder: Path,
-    device: torch.device,
-    teachers: Teachers = Teachers(),
+    task: Task[GraphT], graph: GraphT, how: Optimisation, folder: Path, device: torch.device
 ) -> GraphT:
     """Optimise the weights.
-
-    Raises:
-        CheckpointMismatch: the folder holds a checkpoint of other teachers.
 
     Returns:
         The graph with the averaged weights of the last epoch, or of the best epoch if training
@@ -395,7 +280,7 @@ def fit(
         pct_start=how.warm_up,
     )
     state = {"graph": graph, "average": average, "optimizer": optimizer, "schedule": schedule}
-    reached = _resume(state, folder, teachers)
+    reached = _resume(state, folder)
     last = min(how.stop or how.epochs, how.epochs)
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task(folder.name, total=last, completed=reached.epoch)
@@ -404,7 +289,7 @@ def fit(
             if best and how.patience and reached.epoch - best["epoch"] >= how.patience:
                 log.info("%s: stopped early; best epoch %d", folder.name, best["epoch"])
                 break
-            loss = _epoch(task, state, how, reached, folder, device, teachers)
+            loss = _epoch(task, state, how, reached, folder, device)
             row = {"epoch": reached.epoch, "loss": round(loss, 5)}
             if how.patience:
                 started = time.monotonic()
@@ -489,7 +374,6 @@ def _epoch(
     reached: _Reached,
     folder: Path,
     device: torch.device,
-    teachers: Teachers,
 ) -> float:
     """The rest of a pass over the task's batches; the mean loss of the whole pass."""
     graph: Graph = state["graph"]
@@ -506,7 +390,7 @@ def _epoch(
     for batch in batches:
         moved = tuple(part.to(device, non_blocking=True) for part in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            loss = task.loss(graph, moved, teachers.predict(moved, task.targets))
+            loss = task.loss(graph, moved)
         state["optimizer"].zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
         nn.utils.clip_grad_norm_(graph.parameters(), how.clip)
@@ -711,25 +595,16 @@ def _same_run(run: Run, folder: Path) -> None:
         )
 
 
-def _resume(state: Mapping[str, Any], folder: Path, teachers: Teachers) -> _Reached:
-    """Load the checkpoint, if there is one.
-
-    Raises:
-        CheckpointMismatch: it is of other teachers.
-    """
+def _resume(state: Mapping[str, Any], folder: Path) -> _Reached:
+    """Load the checkpoint, if there is one."""
     path = folder / CHECKPOINT
     if not path.exists():
-        return _Reached(teachers=teachers.digests)
+        return _Reached()
     stored = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in state.items():
         part.load_state_dict(stored.pop(name))
     # Checkpoints of earlier versions were written after epochs only and hold fewer fields.
     reached = _Reached(**stored)
-    if reached.teachers != teachers.digests:
-        raise CheckpointMismatch(
-            f"the weights of the teachers have changed since {folder} was begun: give another "
-            "--run, or the earlier weights"
-        )
     log.info("%s: resuming after epoch %d, step %d", folder.name, reached.epoch, reached.step)
     return reached
 

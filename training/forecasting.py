@@ -13,7 +13,6 @@ import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import smooth_l1_loss
 
 from models.band import relative_disagreement
 from models.graph import PixelGraph
@@ -73,8 +72,6 @@ SCORED_SOURCE = "crops_us_2021"
 SCORED_CUT = 26
 # Series that a graph processes at once.
 _BATCH = 1024
-# Distance from a quantile that is taught below which the loss is squared, index units.
-_CLOSE = 0.01
 # Fewest dates before a cut.
 _SHORTEST = 5
 
@@ -91,7 +88,6 @@ class PixelForecast:
     """
 
     has_linear_head = False
-    targets = 2
 
     def __init__(
         self,
@@ -189,21 +185,14 @@ class PixelForecast:
         arrays = (values, valid, days, day_of_year, target, known)
         return tuple(torch.from_numpy(a[rows]) for a in arrays)
 
-    def loss(
-        self, graph: PixelGraph, batch: tuple[Tensor, ...], taught: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, graph: PixelGraph, batch: tuple[Tensor, ...]) -> Tensor:
         """Mean loss of the networks: pinball loss plus the squared error of the median.
 
-        Only known targets count. The distance from quantiles taught (N, H, S, Q) counts on every
-        step.
+        Only known targets count.
         """
         *inputs, target, known = batch
-        networks = graph.each(*inputs)
-        own = torch.stack([self._loss(quantiles, target, known) for quantiles in networks]).mean()
-        if taught is None:
-            return own
-        apart = [smooth_l1_loss(q.float(), taught, beta=_CLOSE) for q in networks]
-        return own.lerp(torch.stack(apart).mean(), self.config.distil)
+        losses = [self._loss(quantiles, target, known) for quantiles in graph.each(*inputs)]
+        return torch.stack(losses).mean()
 
     def _loss(self, quantiles: Tensor, target: Tensor, known: Tensor) -> Tensor:
         loss = pinball(quantiles, target, self.config.quantiles, known)

@@ -61,7 +61,6 @@ class PatchClassification:
     """
 
     has_linear_head = True
-    targets = 1
 
     def __init__(
         self,
@@ -156,16 +155,11 @@ class PatchClassification:
         weights = np.bincount(labels)[labels] ** -self.config.balance
         return np.asarray(weights / weights.sum())
 
-    def loss(
-        self, graph: PatchGraph, batch: tuple[Tensor, ...], taught: Tensor | None = None
-    ) -> Tensor:
-        """Mean cross entropy of the networks, to soft labels and to probabilities taught (N, K)."""
+    def loss(self, graph: PatchGraph, batch: tuple[Tensor, ...]) -> Tensor:
+        """Mean cross entropy of the networks, with soft labels."""
         patches, target = batch
         logits = graph.each(patches.contiguous(memory_format=torch.channels_last))
-        own = cross_entropy(logits, target, self.config.smoothing)
-        if taught is None:
-            return own
-        return own.lerp(cross_entropy(logits, taught, 0.0), self.config.distil)
+        return cross_entropy(logits, target, self.config.smoothing)
 
     def finish(self, graph: PatchGraph) -> None:
         """Fit the temperature on the validation patches."""

@@ -33,8 +33,6 @@ class Task(Protocol[GraphT]):
     """Regions that can be left out of training; empty where the data carry none."""
     has_linear_head: bool
     """Whether a linear probe can be the graph's head."""
-    targets: int
-    """Number of the last tensors of a batch that are the loss's; the others are the graph's."""
 
     def graph(self) -> GraphT:
         """A new, untrained graph."""
@@ -50,15 +48,8 @@ class Task(Protocol[GraphT]):
     def batches(self, epoch: int, rng: Generator) -> Iterator[Batch]:
         """The batches of an epoch, on the CPU."""
 
-    def loss(self, graph: GraphT, batch: Batch, taught: Tensor | None = None) -> Tensor:
-        """The loss () of a batch.
-
-        Args:
-            graph: the graph that is trained.
-            batch: one of `batches`.
-            taught: the teachers' mean prediction for the batch, as the graph's own; it counts by
-                the configuration's `distil`, the labels by the rest.
-        """
+    def loss(self, graph: GraphT, batch: Batch) -> Tensor:
+        """The loss () of a batch."""
 
     def finish(self, graph: GraphT) -> None:
         """Fit the calibration on the validation places, after training."""
