@@ -98,6 +98,17 @@ class PixelGraph(nn.Module):
             Series (N, K, M), NaN for a pixel without a usable date; observed (N, 1, M), 0 to 1;
             reflectance (N, C, M) or None.
         """
+        device = values.device.type
+        if torch.is_autocast_enabled(device):
+            # Training in bfloat16 is for the encoders: with eight bits, an index is wrong by up to
+            # a hundredth, and the weights of a series of few dates are all rounded to 0.
+            with torch.autocast(device, enabled=False):
+                return self._regular(values, valid, days)
+        return self._regular(values, valid, days)
+
+    def _regular(
+        self, values: Tensor, valid: Tensor, days: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         # A float16 variant takes float16 to halve the transfer to a device; it computes in float32.
         sums = (values.float() @ self.sums.T).transpose(1, 2)
         count = 2 * len(self.indices.names)

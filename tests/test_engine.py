@@ -446,10 +446,11 @@ class SmallDevice:
         return [CUDA, CPU]
 
     def run(self, names, feeds, options=None):
-        self.sizes.append(len(feeds["values"]))
+        count = len(feeds.get("values", feeds.get("patches")))
+        self.sizes.append(count)
         if self.fault and 1 < len(self.sizes) <= 1 + self.times:
             raise self.fault
-        if len(feeds["values"]) > self.most:
+        if count > self.most:
             raise Fail("BFCArena: Failed to allocate memory for requested buffer")
         (prediction,) = self.session.run(names, feeds)
         for row, value in self.holes.items():
@@ -457,12 +458,11 @@ class SmallDevice:
         return [prediction]
 
 
-def on_a_device(zoo, most, fault=None, times=10**9, kind=SmallDevice):
-    bundle = Registry.load(zoo).bundles["pixels-landcover"]
+def on_a_device(zoo, most, fault=None, times=10**9, kind=SmallDevice, name="pixels-landcover"):
+    bundle = Registry.load(zoo).bundles[name]
     reference = open_session(bundle, CPU)
     small = kind(open_session(bundle, CPU).session, most, fault, times)
-    kinds = {"values": np.float32, "valid": np.bool_, "days": np.float32}
-    session = replace(reference, session=small, kinds=kinds)
+    session = replace(reference, session=small)
     model = LoadedModel(
         bundle.card,
         session,
@@ -527,6 +527,34 @@ def test_a_device_without_numbers_where_the_cpu_has_them_is_reported(zoo, hole):
     device.holes = {8: hole}
     with pytest.raises(InternalError):
         model.pixels(values, valid, days)
+
+
+def test_a_device_predicts_for_patches_and_reports_one_without_numbers(zoo, engine):
+    model, device = on_a_device(zoo, most=10**9, name="landcover-eurosat")
+    side, bands = model.card.patch, len(model.card.bands)
+    patches = np.random.default_rng(0).uniform(0, 0.4, (9, bands, side, side)).astype(np.float32)
+    found = model.patches(patches)
+    expected = engine.models["landcover-eurosat"].patches(patches)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    device.holes = {4: np.nan}
+    with pytest.raises(InternalError):
+        model.patches(patches)
+
+
+def test_a_device_is_compared_with_the_cpu_in_float32(zoo, monkeypatch):
+    opened = []
+
+    def record(bundle, provider, precision="auto", **options):
+        opened.append((provider, precision))
+        session = open_session(bundle, CPU, precision, **options)
+        small = SmallDevice(session.session, most=10**9)
+        return replace(session, session=small) if provider == CUDA else session
+
+    monkeypatch.setattr("service.infer.engine.open_session", record)
+    monkeypatch.setattr("service.infer.engine.provider_to_request", lambda _: CUDA)
+    with Engine(Registry.load(zoo), providers="cuda", threads=1) as engine:
+        assert {model.provider for model in engine.models.values()} == {CUDA}
+    assert set(opened) == {(CUDA, "auto"), (CPU, "float32")}
 
 
 def test_a_device_that_differs_from_the_cpu_is_rejected(zoo):

@@ -272,6 +272,18 @@ class TestGraph:
         assert torch.isnan(got[1]).all()
         torch.testing.assert_close(got[[0, 2]], expected[[0, 2]])
 
+    def test_indices_stay_in_float32_where_the_encoder_is_trained_in_bfloat16(self) -> None:
+        graph = pixel_graph(ClassificationHead(32, 5))
+        values, valid, days = random_series(6, 14)
+        valid[0, 1:] = False  # one date far from most steps: in bfloat16 no step has a weight
+        expected = graph.regular(values, valid, days)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = graph.regular(values, valid, days)
+            assert graph.encoder(got[0], got[1]).dtype == torch.bfloat16
+            assert graph(values, valid, days).isfinite().all()
+        for series, before in zip(got, expected, strict=True):
+            assert series is before or (series.dtype == torch.float32 and series.equal(before))
+
     def test_calendar_graph_sees_the_season(self) -> None:
         graph = pixel_graph(None, calendar=True)
         values, valid, days = random_series(2, 8)

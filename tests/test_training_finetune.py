@@ -71,6 +71,7 @@ from training.finetune import (
 from training.graph_export import in_half
 from training.landcover import cut_mix
 from training.legends import CDL
+from training.losses import LossNotFinite
 from training.parity import ParityError, check_parity, pixel_inputs
 from training.pretrain import PretrainConfig, pretrain
 from training.pretraining_data import Places, SourcesConfig
@@ -159,6 +160,30 @@ class TestFinetune:
             for folder in (tmp_path, finished)
         ]
         assert losses[0] == losses[1]
+
+    def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_checkpoint(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        run = tiny_run(data)
+
+        class Broken(PixelClassification):
+            epoch = 0
+
+            def batches(
+                self, epoch: int, rng: np.random.Generator
+            ) -> Iterator[tuple[torch.Tensor, ...]]:
+                self.epoch = epoch
+                yield from super().batches(epoch, rng)
+
+            def loss(self, graph: PixelGraph, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+                return super().loss(graph, batch) * (np.nan if self.epoch == 1 else 1.0)
+
+        task = Broken(run.config, data)
+        with pytest.raises(LossNotFinite, match="epoch 2, step 1: the loss is nan"):
+            fit(task, task.graph(), run.config.optimisation, tmp_path, torch.device("cpu"))
+        kept = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+        assert kept["epoch"] == 1
+        assert all(w.isfinite().all() for w in kept["graph"].values() if w.is_floating_point())
 
     def test_another_configuration_is_rejected_in_the_same_folder(
         self, data: Path, finished: Path

@@ -40,6 +40,7 @@ from training.errors import TrainingError
 from training.forecasting import PixelForecast
 from training.imagenet import imagenet_weights, load_imagenet_weights
 from training.landcover import PatchClassification
+from training.losses import finite
 from training.probe import put_linear_head
 from training.task import Graph, GraphT, Task
 from training.validation_outputs import load, save, scores_of
@@ -391,6 +392,7 @@ def _epoch(
         moved = tuple(part.to(device, non_blocking=True) for part in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             loss = task.loss(graph, moved)
+        value = finite(loss, f"{folder.name}, epoch {reached.epoch + 1}, step {reached.step + 1}")
         state["optimizer"].zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
         nn.utils.clip_grad_norm_(graph.parameters(), how.clip)
@@ -398,7 +400,7 @@ def _epoch(
         state["schedule"].step()
         state["average"].update_parameters(graph)
         reached.step += 1
-        reached.loss += loss.item()
+        reached.loss += value
         now = time.monotonic()
         reached.seconds += now - counted
         counted = now

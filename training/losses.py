@@ -12,6 +12,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from training.errors import TrainingError
+
+
+class LossNotFinite(TrainingError):
+    """The loss became NaN or infinite."""
+
+
+def finite(loss: Tensor, where: str) -> float:
+    """The value of a loss (), before it changes the weights.
+
+    A step with NaN would make all weights NaN, those of the moving average too, and training would
+    go on to its end without a word.
+
+    Args:
+        loss: the loss ().
+        where: names the run and the step in the error.
+
+    Raises:
+        LossNotFinite: it is NaN or infinite.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise LossNotFinite(
+            f"{where}: the loss is {value}. The last checkpoint is from before this step, and "
+            "resuming it would end here again: start a new run with a smaller learning rate "
+            "(--set) or another seed"
+        )
+    return value
+
 
 def info_nce(
     z0: Tensor, z1: Tensor, temperature: Tensor | float, excluded: Tensor | None = None

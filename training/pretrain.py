@@ -35,7 +35,7 @@ from training.augment import PatchAugmentation, PixelAugmentation
 from training.config import BANDS, INDICES, PatchEncoderConfig, PixelEncoderConfig
 from training.errors import TrainingError
 from training.gradient_cache import Side, backward
-from training.losses import SymmetricInfoNCE, alike, near, same_group
+from training.losses import SymmetricInfoNCE, alike, finite, near, same_group
 from training.pairs import (
     ImageryViews,
     ImageryViewSampler,
@@ -342,10 +342,11 @@ class Pretraining:
             return torch.stack([comparisons[n].weight * found[n] for n in found]).sum()
 
         total = backward(list(sides.values()), loss, network=self.networks, chunk=self.config.chunk)
+        value = finite(total, f"{self.folder.name}, step {step + 1}")
         nn.utils.clip_grad_norm_(self.networks.parameters(), self.config.clip)
         self.optimizer.step()
         return {
-            "loss": total.item(),
+            "loss": value,
             **{f"loss_{name}": value.item() for name, value in found.items()},
             "temperature": self._loss("pairs").temperature.item(),
             "learning_rate": rate,

@@ -250,7 +250,11 @@ class Engine:
             # Opened again, because the CPU uses another variant and other options than CUDA.
             session = self._open(bundle, session.provider)
         on_device = session.provider == CUDA
-        reference = self._open(bundle, CPU) if on_device else None
+        # In float32: on input that no stack holds, as in the warm-up, int8 differs from any other
+        # variant by more than a working device does.
+        reference = (
+            open_session(bundle, CPU, "float32", shrinking=self._shrinking) if on_device else None
+        )
         return LoadedModel(
             bundle.card,
             session,

@@ -363,8 +363,7 @@ def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
 def _has_input(inputs: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> NDArray[np.bool_]:
     """Whether each of the given rows (n) has usable input."""
     if "patches" in inputs:
-        finite = np.isfinite(inputs["patches"][rows])
-        return np.asarray(finite.reshape(len(finite), -1).all(axis=1))
+        return np.asarray(np.isfinite(inputs["patches"][rows]).all(axis=(1, 2, 3)))
     finite = np.isfinite(inputs["values"][rows]).all(axis=2)
     return np.asarray((finite & inputs["valid"][rows]).any(axis=1))
 
