@@ -336,6 +336,17 @@ def test_names_that_only_count_the_bands_are_not_those_of_sentinel_2(
     assert band_numbers(opened_with_names([file], TEN)) == expected(1)
 
 
+@pytest.mark.parametrize(
+    "form", ["Band {n}: {b}", "Band {n} (T31UES_20210105T104421_{b}_10m.jp2)", "band_{n:02d} = {b}"]
+)
+def test_names_behind_the_bands_positions_count(tmp_path: Path, form: str) -> None:
+    order = ("B04", "B03", "B08", "B02", "SCL")
+    pixels = bands_of(*((band, 1) for band in order))
+    names = [form.format(n=n, b=b) for n, b in enumerate(order, 1)]
+    stack = opened([write(tmp_path / "x_20210105.tif", pixels, descriptions=names)])
+    assert (stack.mask, band_numbers(stack)) == ("scl", expected(1))
+
+
 def test_counted_bands_are_named_by_their_wavelengths(tmp_path: Path) -> None:
     pixels = bands_of(("B03", 1), ("B04", 1), ("B08", 1), ("B02", 1), ("SCL", 1))
     tags = {k: {"wavelength": w} for k, w in enumerate(("559.8", "664.6", "832.8", "492.4"), 1)}

@@ -9,6 +9,7 @@ import pytest
 
 from service.read.band_names import (
     band_of,
+    behind_positions,
     level_of,
     only_positions,
     positions_in_names,
@@ -123,6 +124,28 @@ from service.read.dates import date_of, named_days, tagged_date, unclear_date
 )
 def test_band_of(text: str | None, band: str | None) -> None:
     assert band_of(text) == band
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["Band 1: B02", "Band 2: B04", "Band 3: SCL"], ["B02", "B04", "SCL"]),
+        (["Band 1 (B04)", "Band 2 (B03)"], ["B04", "B03"]),
+        (["Band 01 - Blue", "Band 02 - Red"], ["Blue", "Red"]),
+        (["Band_1=x_B02_10m.jp2", "Band_2=x_B04_10m.jp2"], ["x_B02_10m.jp2", "x_B04_10m.jp2"]),
+        (["Band 1: B08"], ["B08"]),
+        # Not counted from 1, the same behind all, no band behind, not all of them.
+        (["Band 2: Blue", "Band 4: Red"], None),
+        (["Band 1: S2_red", "Band 2: S2_red"], None),
+        (["Band 1: x.dat", "Band 2: y.dat"], None),
+        (["Band 1: B02", "B04"], None),
+        (["Band 1: B02", None], None),
+        (["Band 1", "Band 2"], None),
+        ([], None),
+    ],
+)
+def test_names_behind_positions(names: list[str | None], found: list[str] | None) -> None:
+    assert list(behind_positions(names)) == (names if found is None else found)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,10 @@ _NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
 _POSITION = re.compile(
     r"(?<![^\W_])(?P<word>[Bb](?:and[ae]?)?)[ _.-]?(?P<number>\d{1,3})(?![^\W_])"
 )
+# The position of a band before its name, as in QGIS's "Band 1: B02" and "Band 1 (B02)".
+_BEFORE_NAME = re.compile(
+    r"\s*[Bb](?:and[ae]?)[ _]?0*(?P<number>\d+)\s*[:=(\[-]\s*(?P<name>.*?)[\s)\]]*"
+)
 _UNITS = re.compile(
     r"(?<![^\W_])(?:nanomet\w*|micromet\w*|microns?|[nuµμ]m)(?![^\W_])", re.IGNORECASE
 )
@@ -368,6 +372,27 @@ def only_positions(names: Sequence[str | None]) -> bool:
     own = {word for word, _, _ in positions} == {"B"}
     same = len({rest for _, _, rest in positions}) == 1
     return same and not (own and count not in _NO_SENTINEL_2)
+
+
+def behind_positions(names: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The names of a file's bands without the position that each of them begins with.
+
+    QGIS, ENVI and SNAP show bands as `Band 1: B02` or `Band 1 (B02)`, and files get such texts from
+    there. The number is a position if it counts the bands of the file from 1.
+
+    Args:
+        names: the names in band order.
+
+    Returns:
+        The texts behind the positions, or the names as they are if they do not all begin with their
+        position, or if what follows are equal texts or the names of no band.
+    """
+    found = [_BEFORE_NAME.fullmatch(name or "") for name in names]
+    rest = [match["name"] for match in found if match and match["name"]]
+    counted = [int(match["number"]) for match in found if match] == list(range(1, len(names) + 1))
+    if not counted or len(set(rest)) < len(names) or not any(map(band_of, rest)):
+        return tuple(names)
+    return tuple(rest)
 
 
 def positions_in_names(names: Sequence[str]) -> frozenset[str]:

@@ -26,6 +26,7 @@ from service.read.band_names import (
     band_at_wavelength,
     band_in_name,
     band_of,
+    behind_positions,
     calls_itself_alpha,
     ends_as_alpha,
     is_broad_nir,
@@ -117,14 +118,14 @@ class DescribedFile:
             return CLASSI_BANDS
         if self.count == 2 and of_the_browser(self.name) and not any(self.header.descriptions):
             return (self.name_band, ALPHA)  # dataMask
-        words = list(zip(self.header.descriptions, self.header.band_tags, strict=True))
+        words = list(zip(self.texts, self.header.band_tags, strict=True))
         names = [
             band_at_wavelength(tags, text)
             if self.only_positions and not _is_of_a_mask(text)
             else band_of(text) or tagged_band(tags) or quality_of(text)
             for text, tags in words
         ]
-        if any(is_broad_nir(text) for text in self.header.descriptions):
+        if any(is_broad_nir(text) for text in self.texts):
             names = [
                 "B8A" if name == "B08" and not is_broad_nir(text) else name
                 for name, (text, _) in zip(names, words, strict=True)
@@ -144,7 +145,12 @@ class DescribedFile:
     @cached_property
     def only_positions(self) -> bool:
         """Whether the descriptions only count the bands, as `Band 1`, `Band 2`, ..."""
-        return only_positions([d for d in self.header.descriptions if not _is_of_a_mask(d)])
+        return only_positions([text for text in self.texts if not _is_of_a_mask(text)])
+
+    @cached_property
+    def texts(self) -> tuple[str | None, ...]:
+        """The bands' descriptions, without positions before their names."""
+        return behind_positions(self.header.descriptions)
 
     @cached_property
     def days(self) -> tuple[date | None, ...]:
