@@ -67,6 +67,21 @@ def test_other_files_are_rejected_by_their_first_bytes(tmp_path: Path, content: 
         opened(SourceFile(name="x.tif", path=tmp_path / "x.tif"))
 
 
+def test_all_files_that_are_no_rasters_are_named(tmp_path: Path) -> None:
+    files = [scene(tmp_path / f"2021010{n}.tif") for n in (1, 2)]
+    for n in range(8):
+        (tmp_path / f"page-{n}.tif").write_bytes(b"<!DOCTYPE html>")
+        files.insert(n, SourceFile(name=f"page-{n}.tif", path=tmp_path / f"page-{n}.tif"))
+    with pytest.raises(NotAGeoTIFF) as caught:
+        opened(*files)
+    assert caught.value.detail.startswith("'page-0.tif' is not a TIFF: it is an HTML page")
+    others = ", ".join(f"'page-{n}.tif'" for n in range(1, 6))
+    said = f"; 7 other files are not a TIFF or JP2 either: {others} and 2 more"
+    assert caught.value.detail.endswith(said)
+    with pytest.raises(NotAGeoTIFF, match=r"again$"):
+        opened(files[0], *files[8:])
+
+
 def test_a_folder_or_missing_file_is_not_a_geotiff(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing.tif", Path("/vsimem/x.tif")):
         with pytest.raises(NotAGeoTIFF, match="cannot be opened") as caught:

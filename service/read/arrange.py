@@ -719,7 +719,8 @@ def _missing_dates(
     return MissingDates(
         f"no date for {len(names)} of {counted(all_files, 'file')} ({_quoted(names)}): none in "
         f"the tags, the names, the folders or the band descriptions{_written(undated)}"
-        f"{_unclear(undated)}; give `dates`"
+        f"{_unclear(undated)}; give `dates`, one for each of the {counted(all_files, 'file')} in "
+        "their order, such as dates=2018-01-05,2018-01-15"
     )
 
 

@@ -458,6 +458,17 @@ def _driver_of(source: SourceFile) -> Driver:
     raise NotAGeoTIFF(f"'{source.name}' is not a TIFF: {_what_it_is(source.name, head)}")
 
 
+def not_rasters(sources: Sequence[SourceFile]) -> list[str]:
+    """The names of files whose first bytes are neither those of a TIFF nor of a JP2."""
+    names = []
+    for source in sources:
+        try:
+            _driver_of(source)
+        except NotAGeoTIFF:
+            names.append(source.name)
+    return names
+
+
 def is_of_zarr(name: str) -> bool:
     """Whether a file's name, with its folders, is that of a part of a Zarr store."""
     return bool(_ZARR.search(name))

@@ -24,8 +24,10 @@ from service.errors import (
     InvalidRequest,
     MissingBands,
     MissingDates,
+    NotAGeoTIFF,
     RasterTooLarge,
     StackWarning,
+    first_names,
 )
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
@@ -37,9 +39,10 @@ from service.read.geotiff import (
     Header,
     SourceFile,
     gdal_options,
+    not_rasters,
     read_header,
 )
-from service.read.layouts import Layout, StackOptions
+from service.read.layouts import Layout, StackOptions, counted
 from service.read.masks import ALPHA_RULE, Decoder, MaskRule, alpha
 from service.read.metadata import (
     ignored_offsets,
@@ -64,6 +67,7 @@ LAND_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B1
 NO_VALUE = 1e30
 SMALL_SIDE = 256
 """Largest side of a raster that is read whole before a run, pixels."""
+_NAMED_AT_MOST = 5
 KEPT_BYTES = 32 * 2**20
 """Largest memory of the pixels that one stack keeps, bytes."""
 
@@ -425,6 +429,13 @@ def _numbers(given: DatedNumber | None) -> Sequence[float]:
     return (given,) if isinstance(given, int | float) else [number for _, number in given]
 
 
+def _also_not_rasters(names: Sequence[str]) -> str:
+    """Text about further files that are not rasters."""
+    files = f"{counted(len(names), 'other file')} {'is' if len(names) == 1 else 'are'}"
+    quoted = [f"'{name}'" for name in names]
+    return f"; {files} not a TIFF or JP2 either: {first_names(quoted, _NAMED_AT_MOST)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Headers:
     """The headers of a request's rasters, and what became of the files beside them."""
@@ -458,9 +469,15 @@ def read_headers(
     with gdal_options():
         found = sort_files(files)
         headers = []
-        for file in found.rasters:
+        for n, file in enumerate(found.rasters, start=1):
             before_each()
-            headers.append(read_header(file, known))
+            try:
+                headers.append(read_header(file, known))
+            except NotAGeoTIFF as error:
+                others = not_rasters(found.rasters[n:])
+                if not others:
+                    raise
+                raise NotAGeoTIFF(error.detail + _also_not_rasters(others)) from error
         left_out = found.left_out
         unused_dates: tuple[tuple[str, str], ...] = ()
         warnings: tuple[StackWarning, ...] = ()

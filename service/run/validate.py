@@ -168,7 +168,8 @@ def _other_files(
     """The errors of further files that are not GeoTIFFs."""
     files = request.files if isinstance(request, RasterRequest) else ()
     found = [error for file in files if (error := _fault(file, cancelled)) is not None]
-    return [error for error in found if error.detail != first.detail]
+    # The first error names the others as well.
+    return [error for error in found if not first.detail.startswith(error.detail)]
 
 
 def _fault(file: SourceFile, cancelled: threading.Event | None) -> NotAGeoTIFF | None:
