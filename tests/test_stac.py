@@ -470,6 +470,50 @@ def test_an_item_collection_by_its_address(world: World) -> None:
     assert named.content == world.sent(world.flanders).content
 
 
+def test_bands_that_only_the_collection_names(world: World) -> None:
+    """`item_assets` describe the assets of items whose own description lacks the bands."""
+    items = world.items("earth-search", world.flanders)
+    keys = {"blue": "first", "red": "second", "nir": "third", "scl": "fourth"}
+    described = {
+        key: {"eo:bands": [{"name": band}], "type": "image/tiff; application=geotiff"}
+        for key, band in zip(keys.values(), ("B02", "B04", "B08", "SCL"), strict=True)
+    }
+    for item in items:
+        own = item["assets"]
+        item["assets"] = {new: {"href": own[old]["href"]} for old, new in keys.items()}
+        links = [one for one in item.get("links", []) if one["rel"] != "collection"]
+        item["links"] = [*links, {"rel": "collection", "href": f"{world.web.url}/collection.json"}]
+    path = world.web.folder / "collection.json"
+    about = {"type": "Collection", "stac_version": "1.1.0", "id": "c", "item_assets": described}
+    path.write_text(json.dumps(about))
+    named = world.named(collection(items), mask="scl")
+    assert named.status_code == 200, named.text
+    assert named.content == world.sent(world.flanders, mask="scl").content
+    path.write_text(json.dumps({**about, "item_assets": {}}))
+    detail = problem(world.named(collection(items)), "missing_bands")
+    assert f"its collection {world.web.url}/collection.json has no `item_assets`" in detail
+    for item in items:
+        item["links"][-1]["href"] = "https://example.org/collection.json"
+    detail = problem(world.named(collection(items)), "missing_bands")
+    assert "its collection, which may name them, is not read" in detail
+    assert "'example.org' is not an allowed host" in detail
+    for item in items:
+        del item["links"][-1]
+    detail = problem(world.named(collection(items)), "missing_bands")
+    assert "the item has no absolute link (rel=collection)" in detail
+
+
+def test_relative_hrefs_need_a_link_to_the_item(world: World) -> None:
+    (item,) = world.items("earth-search", world.flanders[:1])
+    item["links"] = []
+    for asset in item["assets"].values():
+        asset["href"] = "./" + asset["href"].rpartition("/")[2]
+    detail = problem(world.named(collection([item])), "forbidden_reference")
+    assert f"item '{item['id']}', asset '" in detail
+    assert ".tif' is relative, and the item has no link rel=self with an absolute URL" in detail
+    assert "give absolute hrefs, add such a link, or give the URL of the item" in detail
+
+
 # No other host ----------------------------------------------------------------------------------
 
 

@@ -289,6 +289,33 @@ def test_an_item_beside_names_the_bands_of_its_file(tmp_path: Path) -> None:
     assert {(p.scale, p.offset, p.nodata) for p in acquisition.planes} == {(2e-4, -0.1, 7)}
 
 
+@pytest.mark.parametrize("form", ["eo:bands", "bands"])
+def test_a_collection_beside_names_the_bands_of_its_items(tmp_path: Path, form: str) -> None:
+    files = []
+    for n in (1, 2, 3):
+        pixels = np.full((1, 40, 40), 1000 * n, np.uint16)
+        made = write(tmp_path / f"asset-{n}.tif", pixels)
+        files.append(SourceFile(name=f"S2/asset-{n}.tif", path=made.path))
+    document = item({f"a{n}": {"href": f"asset-{n}.tif"} for n in (1, 2, 3)})
+    document["collection"] = "mine"
+    assets = {
+        f"a{n}": {form: [{"name": band}], "raster:bands": [{"scale": 2e-4}]}
+        for n, band in enumerate(BANDS, 1)
+    }
+    about = {"type": "Collection", "stac_version": "1.0.0", "id": "mine", "item_assets": assets}
+    for name, one in (("S2/item.json", document), ("collection.json", about)):
+        path = tmp_path / name.replace("/", "-")
+        path.write_text(json.dumps(one))
+        files.append(SourceFile(name=name, path=path))
+    (acquisition,) = open_stack(files, StackOptions(), bands=BANDS, max_bytes=2**24).acquisitions
+    assert [plane.source.name for plane in acquisition.planes] == [f.name for f in files[:3]]
+    assert {plane.scale for plane in acquisition.planes} == {2e-4}
+    about["id"] = "another"
+    files[-1].path.write_text(json.dumps(about))
+    with pytest.raises(MissingBands):
+        open_stack(files, StackOptions(), bands=BANDS, max_bytes=2**24)
+
+
 @pytest.mark.parametrize(
     ("properties", "offset", "warned"),
     [

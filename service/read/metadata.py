@@ -29,10 +29,12 @@ from service.read.stac import (
     georeference_of_asset,
     item_tags,
     of_sentinel_2,
+    with_definitions,
 )
 
 PRODUCT_FILE = re.compile(r"(^|/)(MTD_MSIL(1C|2A)|S2[A-D]_[A-Z]{4}_MTD_[A-Z0-9]+_.*)\.xml$")
 """Names of a Sentinel-2 product's XML."""
+_MOST_COLLECTIONS = 8
 MAX_METADATA_BYTES = 4 * 2**20
 """Largest size of a metadata file that is read, bytes."""
 # Sentinel-2's number of each band in its XML.
@@ -116,11 +118,14 @@ def sort_files(files: Sequence[SourceFile]) -> Sorted:
     lists: list[DateList] = []
     described: list[tuple[str, str]] = []
     beside: list[tuple[SourceFile, str]] = []
+    collections = _collections(files)
     for file in files:
         if PRODUCT_FILE.search(file.name):
             metadata.append(_product(file))
             continue
         document = _document(file) if is_json(file.name) else {}
+        if isinstance(own := document.get("collection"), str) and own in collections:
+            document = dict(with_definitions(document, collections[own]))
         if item := _item(document, file.name):
             metadata.append(item)
         elif _requested_day(document) == "":
@@ -128,7 +133,7 @@ def sort_files(files: Sequence[SourceFile]) -> Sorted:
         elif dates := _date_list(document, file.name):
             lists.append(dates)
         elif _is_of_a_collection(document):
-            reason = "a STAC Collection or Catalog, which describes no single file"
+            reason = "a STAC Collection or Catalog, of which `item_assets` alone describe files"
             described.append((file.name, reason))
         elif (unused := side_file(file)) is not None:
             beside.append((file, unused))
@@ -229,6 +234,19 @@ def _document(file: SourceFile) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _collections(files: Sequence[SourceFile]) -> dict[str, Mapping[str, Any]]:
+    """The STAC Collections with `item_assets` among the files, by their id; at most a few."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for file in files:
+        if len(found) == _MOST_COLLECTIONS:
+            break
+        if is_json(file.name):
+            document = _document(file)
+            if _is_of_a_collection(document) and document.get("item_assets"):
+                found[str(document.get("id"))] = {"item_assets": document["item_assets"]}
+    return found
 
 
 def _is_of_a_collection(document: Mapping[str, Any]) -> bool:

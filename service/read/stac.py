@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -109,6 +109,32 @@ class StacItem:
     """URL of the item."""
     not_read: tuple[str, ...] = ()
     """Formats of other assets that hold data, which the service does not read, each with a key."""
+    document: Document = field(default_factory=dict, repr=False)
+    """The item's JSON object."""
+    base: str | None = None
+    """URL to which relative hrefs refer."""
+    collection_link: str | None = None
+    """URL of its collection, which may describe the assets in `item_assets`."""
+    note: str = ""
+    """What became of the collection, for messages about missing bands."""
+
+    def lacks(self, needed: Sequence[str]) -> bool:
+        """Whether an asset for a needed band is not found."""
+        try:
+            self.chosen(needed, ())
+        except MissingBands:
+            return True
+        return False
+
+    def described_by(self, collection: Document) -> StacItem:
+        """The item with what its collection's `item_assets` state of its assets.
+
+        What the item states itself counts. STAC 1.1 has `item_assets` in every collection, 1.0 in
+        the extension item-assets.
+        """
+        found = read_item(with_definitions(self.document, collection), "stac", self.base)
+        note = f"; its collection {self.collection_link} has no `item_assets` that name them"
+        return replace(found, note=note)
 
     def chosen(
         self,
@@ -164,7 +190,16 @@ class StacItem:
         return MissingBands(
             f"item '{self.id}' has no asset for {', '.join(bands)}; its rasters are {found}; "
             "search a collection of surface reflectance, or name the bands in `bands` or "
-            "`eo:bands` of each asset"
+            f"`eo:bands` of each asset{self.note or self._no_collection}"
+        )
+
+    @property
+    def _no_collection(self) -> str:
+        if self.collection_link:
+            return ""
+        return (
+            ", or in `item_assets` of its collection, to which the item has no absolute link "
+            "(rel=collection)"
         )
 
     @property
@@ -275,16 +310,41 @@ def read_item(document: object, field_name: str, base: str | None = None) -> Sta
         assets=tuple(_assets(assets, document, link or base)),
         link=link,
         not_read=_not_read(assets),
+        document=document,
+        base=base,
+        collection_link=_link(document, "collection", link or base),
     )
 
 
-def _link(document: Document) -> str | None:
+def _link(document: Document, rel: str = "self", base: str | None = None) -> str | None:
+    """The absolute URL of a link of a document; None without one."""
     links = document.get("links")
     for link in links if isinstance(links, list) else ():
-        if isinstance(link, Mapping) and link.get("rel") == "self":
+        if isinstance(link, Mapping) and link.get("rel") == rel:
             href = link.get("href")
-            return href if isinstance(href, str) and urlsplit(href).scheme else None
+            if not isinstance(href, str):
+                return None
+            href = urljoin(base, href) if base else href
+            return href if urlsplit(href).scheme else None
     return None
+
+
+def with_definitions(document: Document, collection: Document) -> Document:
+    """An item's document whose assets have what its collection's `item_assets` state of them."""
+    definitions, assets = collection.get("item_assets"), document.get("assets")
+    if not isinstance(definitions, Mapping) or not isinstance(assets, Mapping):
+        return document
+    described = {
+        key: {**_definition(definitions, key), **asset} if isinstance(asset, Mapping) else asset
+        for key, asset in assets.items()
+    }
+    return {**document, "assets": described}
+
+
+def _definition(definitions: Document, key: object) -> Document:
+    """What `item_assets` states of an asset."""
+    found = definitions.get(str(key))
+    return found if isinstance(found, Mapping) else {}
 
 
 def _bbox(value: object) -> tuple[float, float, float, float] | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 from anyio import to_thread
@@ -23,7 +24,9 @@ from service.errors import (
     ForbiddenReference,
     GridMismatch,
     InvalidRequest,
+    PIMCError,
     UnreachableReference,
+    shown,
 )
 from service.grid import Window, crs_name
 from service.read.blocks import RemoteFile, fetch_windows, side_by_side
@@ -139,6 +142,7 @@ async def fetch_stac(
             near = [item for item in items if _is_near(item, place)]
             if not near:
                 raise _none_touches(items, place)
+            near = await _described(near, bands, web)
             scenes = _scenes(near, (bands, optional), parse_mask(stack.mask), folder, settings)
             await to_thread.run_sync(_write_items, scenes)
             await side_by_side(
@@ -197,6 +201,31 @@ async def _items(
             "fewer items",
         )
     return sorted(items, key=lambda item: (str(item.source.get("datetime")), item.id))
+
+
+async def _described(
+    items: Sequence[StacItem], bands: Sequence[str], web: Connections
+) -> list[StacItem]:
+    """The items, those that lack a needed band with what their collection states of the assets."""
+    found: list[StacItem] = []
+    collections: dict[str, Mapping[str, Any] | PIMCError] = {}
+    for item in items:
+        url = item.collection_link
+        if url is None or not item.lacks(bands):
+            found.append(item)
+            continue
+        if url not in collections:
+            try:
+                collections[url] = await _document(url, web)
+            except (ForbiddenReference, UnreachableReference) as error:
+                collections[url] = error
+        collection = collections[url]
+        if isinstance(collection, PIMCError):
+            note = f"; its collection, which may name them, is not read ({collection.detail})"
+            found.append(replace(item, note=note))
+        else:
+            found.append(item.described_by(collection))
+    return found
 
 
 def _search() -> Callable[[Search, Connections, int], Awaitable[list[StacItem]]]:
@@ -286,6 +315,12 @@ def _scenes(
 
 def _piece(item: StacItem, asset: Asset, name: str, path: Path, settings: Settings) -> _Piece:
     field = f"item '{item.id}', asset '{asset.key}'"
+    if not (asset.href.startswith("/") or urlsplit(asset.href).scheme):
+        raise ForbiddenReference(
+            f"{field}: '{shown(asset.href)}' is relative, and the item has no link rel=self with "
+            "an absolute URL to which it refers: give absolute hrefs, add such a link, or give the "
+            "URL of the item in place of its text"
+        )
     location = location_of(asset.href, field, settings)
     if isinstance(location, Local):
         found = location.find(settings.allowed_roots)
