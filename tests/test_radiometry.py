@@ -275,6 +275,48 @@ def test_a_mask_that_is_clear_where_the_pixels_are_clouds_is_doubted(
     assert codes(opened(files, mask="none")) == []
 
 
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("name", "numbers", "clear"),
+    [
+        # python-fmask: classes, most pixels clear; also with fill, and null at the edge.
+        ("S2_{}", [1, 1, 1, 2, 3, 4, 5, 1, 1, 1], [1, 5]),
+        ("S2_{}", [1, 1, 1, 2, 255, 0, 5, 1, 1, 1], [1, 5]),
+        # HLS: bits, with aerosol, without, and cirrus of version 1.4 on few pixels.
+        ("S2_{}", [64, 64, 66, 224, 96, 72, 64, 64, 64, 1], [64, 224, 96]),
+        ("S2_{}", [0, 0, 0, 2, 4, 32, 8, 0, 0, 1], [0, 32]),
+        ("S2_{}", [0, 0, 0, 2, 4, 5, 1, 1, 0, 0], [0]),
+        ("HLS.S30.T31UES.2021{}T104421.v1.4", [0, 1, 1, 1, 1, 0, 1, 1, 1, 1], [0]),
+    ],
+)
+def test_fmask_of_classes_and_of_bits_are_told_apart_by_their_numbers(
+    tmp_path: Path, name: str, numbers: list[int], clear: list[int], beside: bool
+) -> None:
+    rng = np.random.default_rng(7)
+    files, masks = [], []
+    for n in range(6):
+        pixels = np.array([400, 500, 3000])[:, None, None] * rng.uniform(0.8, 1.2, (3, 30, 30))
+        mask = rng.choice(numbers, (1, 30, 30)).astype(np.uint8)
+        stem = name.format(f"{n + 1:02d}05" if "S2" in name else f"{30 * n + 5:03d}")
+        stem = stem.replace("S2_", "S2_2021")
+        pixels = pixels.astype(np.uint16)
+        masks.append(np.isin(mask[0], clear))
+        if beside:
+            files.append(write(tmp_path / f"{stem}_image.tif", pixels, descriptions=BANDS))
+            files.append(write(tmp_path / f"{stem}_Fmask.tif", mask))
+            continue
+        both = np.concatenate([pixels, mask.astype(np.uint16)])
+        files.append(write(tmp_path / f"{stem}.tif", both, descriptions=(*BANDS, "Fmask")))
+    stack = calibrate(opened(files))
+    classes = 5 in clear
+    assert ("mask_assumed" in {w.code for w in stack.warnings}) == classes
+    with StackReader(stack) as reader:
+        for window in (Window(0, 0, 30, 30), Window(7, 3, 9, 20)):
+            rows, columns = window.toslices()
+            found = reader.read(window).valid
+            np.testing.assert_array_equal(found, np.stack(masks)[:, rows, columns])
+
+
 @pytest.mark.parametrize("levels", [(4000, 5000), (300, 4000)])
 def test_what_is_always_bright_or_noise_is_no_cloud(
     tmp_path: Path, levels: tuple[int, int]

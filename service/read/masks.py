@@ -125,10 +125,11 @@ def fmask(data: Numbers) -> Clear:
 
 
 def fmask_classes(data: Numbers) -> Clear:
-    """Fmask as Digital Earth Australia delivers it (`oa_fmask`): classes.
+    """Fmask as python-fmask and Digital Earth Australia (`oa_fmask`) deliver it: classes.
 
-    Source: Digital Earth Australia, ga_s2am_ard_3 and ga_ls8c_ard_3, measurement `oa_fmask`: 0 no
-    data, 1 valid, 2 cloud, 3 shadow, 4 snow, 5 water.
+    Sources: python-fmask documentation, "Output": 0 null, 1 clear, 2 cloud, 3 cloud shadow, 4 snow,
+    5 water; Digital Earth Australia, ga_s2am_ard_3 and ga_ls8c_ard_3, measurement `oa_fmask`, with
+    the same numbers.
     """
     return np.asarray((data == 1) | (data == 5))
 
@@ -299,6 +300,21 @@ def alpha(data: Numbers) -> Clear:
     return np.asarray(data != 0)
 
 
+def are_classes(numbers: Numbers) -> bool:
+    """Whether the numbers of a band FMASK are python-fmask's classes, and not HLS's bits.
+
+    Classes are 1 to 5, and 1, clear, is the most frequent of them but for clouds, and more frequent
+    than 0, null. As bits, 1 is cirrus alone, which HLS 2.0 never sets, clear land is 0 or has
+    aerosol bits from 64 on, and water has 32.
+
+    Args:
+        numbers: of many pixels and dates, of any shape; 0 or NaN without a value.
+    """
+    known = numbers[np.isfinite(numbers) & (numbers != 0) & (numbers != 255)]
+    clear = int((known == 1).sum())
+    return clear > 0 and clear > numbers.size - known.size and bool((known <= 5).all())
+
+
 RULES: Mapping[str, tuple[str, Callable[..., Clear]]] = {
     "scl": (SCL, scl),
     "fmask": (FMASK, fmask),
@@ -410,6 +426,19 @@ class MaskRule:
             return partial(RULES[self.name][1], limit=limit)
         decode = self._of_whole_numbers(file)
         return decode if self.name in ASSUMED else partial(_whole, decode, self.band, file)
+
+    def alternative(self, file: str) -> Decoder | None:
+        """The function for classes in a band that may hold bits or classes; None for any other.
+
+        Nothing but the numbers tells python-fmask's classes from HLS's bits, unless the name of the
+        file does.
+
+        Args:
+            file: the file's name, with its folders.
+        """
+        if self.name != "fmask" or _DEA.search(file) or _HLS.search(file):
+            return None
+        return partial(_whole, fmask_classes, self.band, file)
 
     def _of_whole_numbers(self, file: str) -> Decoder:
         if self.name == "fmask" and _DEA.search(file):

@@ -23,6 +23,7 @@ from service.errors import ImplausibleReflectance, StackWarning, first_names
 from service.grid import Window
 from service.read import alignment, clouds
 from service.read.geotiff import BlockCache
+from service.read.masks import are_classes
 from service.read.reader import StackReader
 from service.read.reflectance import BASELINE_OFFSET, GIVEN, days_in_words
 from service.read.stack import Plane, Stack
@@ -117,6 +118,7 @@ _NAMED_DATES = 12
 # Two bands by which images are compared: the first ones that are there, red first, in which clouds
 # are bright.
 _COMPARED = ("B04", "B08", "B03", "B02")
+_SAMPLED_MASKS = 16
 _SAMPLED_DATES = 8
 _SAMPLED_SIDE = 128
 # Number of pixels sampled over all dates: percentiles of more would take longer than reading them.
@@ -228,7 +230,7 @@ def calibrate(
         The stack with corrected scale, offset and nodata of its planes, and any of the warnings
         `offset_applied`, `baseline_offset_suspected`, `scale_suspected`, `nodata_assumed`,
         `nodata_suspected`, `bands_suspected_swapped`, `pixels_repeated`, `mask_doubted`,
-        `shift_suspected`.
+        `shift_suspected`, `mask_assumed`.
 
     Raises:
         ImplausibleReflectance: the median of the clear values, of all dates or of one, is outside
@@ -238,8 +240,8 @@ def calibrate(
     positions = sorted(range(stack.observations) if used is None else used)
     if not positions:
         return stack
+    stack, warnings = _with_classes(stack, positions, cache, before_read)
     sample = _sample(stack, positions, cache, before_read)
-    warnings: list[StackWarning] = []
     for correct in (_fill, _scaled_already, _not_in_the_pixels, _unstated_offset):
         sample, more = correct(sample)
         warnings += more
@@ -261,6 +263,59 @@ def calibrate(
     corrected = _with_planes(stack, sample)
     stated = _offsets_in_words(corrected, positions)
     return replace(corrected, warnings=(*stack.warnings, *stated, *warnings))
+
+
+def _with_classes(
+    stack: Stack,
+    positions: Sequence[int],
+    cache: BlockCache | None,
+    before_read: Callable[[], None],
+) -> tuple[Stack, list[StackWarning]]:
+    """The stack with masks decoded as classes whose numbers are not those of bits."""
+    some = [positions[n] for n in np.linspace(0, len(positions) - 1, _SAMPLED_MASKS).astype(int)]
+    chosen = [
+        (acquisition, mask)
+        for acquisition in stack.acquisitions
+        for mask in acquisition.masks
+        if mask.alternative and acquisition.observation in some
+    ]
+    if not chosen:
+        return stack, []
+    plain = replace(
+        stack,
+        bands=("mask",),
+        cloud_bands=None,
+        acquisitions=tuple(
+            replace(acquisition, observation=n, planes=(mask.plane,), masks=())
+            for n, (acquisition, mask) in enumerate(chosen)
+        ),
+    )
+    plain = _as_stored(plain)
+    windows = _sampled_windows(stack)
+    with StackReader(plain, cache=cache, before_read=before_read) as reader:
+        numbers = np.stack([reader.read(window).values for window in windows])
+    if not are_classes(numbers):
+        return stack, []
+    first = chosen[0][1].plane.source.name
+    detail = (
+        f"the numbers of the mask FMASK in '{first}' and other files are those of python-fmask's "
+        "classes (1 clear, 2 cloud, 3 shadow, 4 snow, 5 water) and are read as such; as the bits "
+        "of HLS, no pixel would be clear: give mask=none or mask=cloud if this is wrong"
+    )
+    as_classes = tuple(
+        replace(
+            acquisition,
+            masks=tuple(
+                replace(mask, clear=mask.alternative, alternative=None)
+                if mask.alternative
+                else mask
+                for mask in acquisition.masks
+            ),
+        )
+        for acquisition in stack.acquisitions
+    )
+    warning = StackWarning(code="mask_assumed", detail=detail)
+    return replace(stack, acquisitions=as_classes), [warning]
 
 
 def _with_planes(stack: Stack, sample: _Sample) -> Stack:

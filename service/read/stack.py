@@ -117,6 +117,8 @@ class MaskPlane:
     """The function from the band's numbers to True where clear."""
     missing: bool = False
     """Whether pixels that are not clear are missing, as for alpha, and not cloudy."""
+    alternative: Decoder | None = None
+    """The function that takes the place of `clear` if the numbers are classes and not bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -570,6 +572,7 @@ def _mask_planes(granule: Granule, positions: Mapping[int, Position]) -> tuple[M
                 ),
                 clear=alpha if missing else rule.decoder(header.name),
                 missing=missing,
+                alternative=None if missing else rule.alternative(header.name),
             )
         )
     return tuple(planes)
