@@ -528,6 +528,18 @@ def test_a_job_without_what_a_derived_map_needs_says_so(
         assert api.get(f"/jobs/{plain}/result/class?{strange}").status_code == 422
 
 
+@pytest.mark.parametrize("parameter", ["smooth=2", "min_area=0.5"])
+def test_cleaning_is_rejected_where_it_would_have_no_effect(
+    api: httpx.Client, stack: list[SourceFile], parameter: str
+) -> None:
+    job = job_of(api, stack, outputs="class,probabilities")
+    for path in ("result", "result/probabilities"):
+        response = api.get(f"/jobs/{job}/{path}?{parameter}")
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+        assert response.json()["errors"][0]["field"] == parameter.partition("=")[0]
+        assert api.get(f"/jobs/{job}/{path}").status_code == 200
+
+
 def test_a_derived_map_takes_memory_from_the_budget(
     api: httpx.Client, stack: list[SourceFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ from service.api.responses import (
 )
 from service.api.results import links_to
 from service.api.schemas import CallbackSecret, JobInfo, JobList, Link, interval, listed
-from service.errors import NotFound, ResultNotReady, shown
+from service.errors import InvalidRequest, NotFound, ResultNotReady, shown
 from service.infer.smooth import MAX_RADIUS
 from service.jobs.callbacks import caller_secret, secret_text
 from service.jobs.outbox import Event
@@ -201,6 +201,9 @@ async def dismiss_job(job_id: str, request: Request, app: App, caller: Caller) -
 async def read_result(job_id: str, request: Request, app: App, caller: Caller) -> Response:
     """The result of a job, as in a synchronous response, or the problem with which it failed."""
     job = await find_job(app, caller, job_id)
+    for name in ("smooth", "min_area"):
+        if name in request.query_params:
+            raise _only_of_maps(name)
     if job.status == "failed":
         return problem(request, job.error)
     readers = app.downloads.readers
@@ -319,11 +322,21 @@ async def read_output(
     if output not in result.files:
         available = ", ".join(result.files) or "none, as the result is not a raster"
         raise NotFound(f"job {job.id} has no output '{shown(output)}'; available: {available}")
+    if smooth or min_area:
+        raise _only_of_maps("smooth" if smooth else "min_area")
     if output == POLYGONS:
         media = negotiate(request.headers.get("accept", ""), (PARQUET, GEOJSON), lenient=True)
         make = partial(stored_response, app.jobs, job, result, media, app.reserve)
         return await app.downloads.made(share_of(caller, request.scope), make)
     return whole_file(result, output, missing=removed(job))
+
+
+def _only_of_maps(parameter: str) -> InvalidRequest:
+    return InvalidRequest.of(
+        parameter,
+        f"`{parameter}` of a finished job applies to its map: send it to "
+        "/jobs/{job_id}/result/class or /jobs/{job_id}/result/polygons, or leave it out",
+    )
 
 
 def _derived(
