@@ -854,6 +854,42 @@ def test_a_number_that_stands_for_missing_is_found(
     assert sits.valid[:, 6:].all()
 
 
+@pytest.mark.parametrize(
+    ("number", "dtype", "times"),
+    [(-1000, "int16", 10_000), (-0.1, "float32", 1), (64_536, "uint16", 10_000)],
+)
+@pytest.mark.parametrize("nodata", [0, None])
+def test_missing_pixels_from_which_the_offset_was_subtracted_are_found(
+    tmp_path: Path, number: float, dtype: str, times: float, nodata: float | None
+) -> None:
+    """0 becomes -1000, which wraps around without a sign; the nodata tag still names 0."""
+    files = []
+    for month in range(1, 5):
+        path = tmp_path / f"20210{month}05.tif"
+        field(path, dtype=dtype, times=times, nodata=nodata)
+        with rasterio.open(path, "r+") as file:
+            pixels = file.read()
+            pixels[:, :6] = number
+            if month == 4:  # the tag's number is in use as well
+                pixels[:, 15:] = 0
+            file.write(pixels)
+        files.append(SourceFile(name=path.name, path=path))
+    stack = opened(files)
+    warnings = {warning.code: warning.detail for warning in found(stack)}
+    assert "so these pixels count as missing" in warnings["nodata_assumed"]
+    assert ("which is not in use" in warnings["nodata_assumed"]) == (nodata == 0)
+    assert ("nodata_suspected" in warnings) == (nodata == 0)
+    with StackReader(calibrate(stack)) as reader:
+        sits = reader.read(Window(0, 0, 20, 20))
+    dates = slice(0, 3 if nodata == 0 else 4)
+    assert not sits.valid[dates, :6].any()
+    assert sits.valid[:, 6:15].all()
+    assert sits.valid[:3, 15:].all()
+    assert not sits.valid[3, 15:].any()
+    if nodata == 0:
+        assert "'20210405.tif'" in warnings["nodata_suspected"]
+
+
 # --- the sample -----------------------------------------------------------------------------
 
 

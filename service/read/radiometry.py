@@ -107,6 +107,7 @@ _BRIGHT_DATE = 1.3
 _FILL_SHARE = 0.005
 _FILL_PIXELS = 8
 _NOT_FILL_SHARE = 0.95
+_TAG_IN_USE = 0.05
 _FEWEST_CLEAR = 20
 # The mask misses the clouds of a date on which this share of the pixels is as bright as clouds, and
 # of which it marks hardly any. docs/decisions/cloud-mask.md has the share on real clear dates.
@@ -387,28 +388,57 @@ def _fill(sample: _Sample) -> _Corrected:
         f"{number:g} fills all bands of {found[number] / present:.1%} of the pixels sampled, in "
         f"{sample.names(ts)}, and "
     )
-    if any(p.nodata not in {None, number} for own in sample.planes for p in own):
-        detail = f"{filled}the nodata tag names another number: correct the tag, or mask the pixels"
-        return sample, [StackWarning(code="nodata_suspected", detail=detail)]
+    gaps = np.isnan(sample.stored).any(axis=1).sum(axis=1)
+    fills = (sample.stored == number).all(axis=1).sum(axis=1)
+    # A file has one nodata number. That of its tag is not in use if it marks hardly any pixel.
+    tagged = [any(p.nodata not in {None, number} for p in own) for own in sample.planes]
+    in_use = [
+        bool(tag and gap > _TAG_IN_USE * fill)
+        for tag, gap, fill in zip(tagged, gaps, fills, strict=True)
+    ]
+    warnings = []
+    if kept := [t for t in ts if in_use[t]]:
+        detail = (
+            f"{filled}the nodata tag names another number, which is in use as well in "
+            f"{sample.names(kept)}: correct the tag, or mask the pixels"
+        )
+        warnings.append(StackWarning(code="nodata_suspected", detail=detail))
+    if len(kept) == len(ts):
+        return sample, warnings
     native = int(number) if number.is_integer() and plane.integer else number
-    sample = sample.corrected(range(len(sample.planes)), lambda p: replace(p, nodata=native))
+    changed = [
+        t for t in range(len(sample.planes)) if not in_use[t] and (fills[t] or not tagged[t])
+    ]
+    sample = sample.corrected(changed, lambda p: replace(p, nodata=native))
     gone = (sample.stored == number).any(axis=1)
+    gone[[t for t in range(len(gone)) if t not in changed]] = False
     sample = replace(
         sample,
         stored=np.where(gone[:, None], np.float32(np.nan), sample.stored),
         valid=sample.valid & ~gone,
     )
+    other = any(tagged[t] for t in ts)
+    tag = (
+        "the nodata tag names another number, which is not in use"
+        if other
+        else ("no nodata tag names it")
+    )
     detail = (
-        f"{filled}no nodata tag names it, so these pixels count as missing: record the number with "
+        f"{filled}{tag}, so these pixels count as missing: record the number with "
         f"`gdal_edit.py -a_nodata {number:g} FILE`"
     )
-    return sample, [StackWarning(code="nodata_assumed", detail=detail)]
+    return sample, [*warnings, StackWarning(code="nodata_assumed", detail=detail)]
 
 
 def _never_reflectance(number: float, plane: Plane) -> bool:
-    """Whether a number in all bands of many pixels is a nodata number and not a measurement."""
+    """Whether a number in all bands of many pixels is a nodata number and not a measurement.
+
+    So is what remains of 0 if Sentinel-2's offset is subtracted from missing pixels as well.
+    """
     low, high = PLAUSIBLE
-    return number in {-1.0, 1.0} or not low <= number * plane.scale + plane.offset <= high
+    reflectance = number * plane.scale + plane.offset
+    shifted = math.isclose(reflectance, BASELINE_OFFSET, abs_tol=1e-6)
+    return number in {-1.0, 1.0} or shifted or not low <= reflectance <= high
 
 
 def _scaled_already(sample: _Sample) -> _Corrected:
