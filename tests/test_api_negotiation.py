@@ -55,3 +55,32 @@ def test_no_acceptable_type_is_an_error_with_both_sides(accept: str) -> None:
 
 def test_a_single_type_is_returned_whatever_accept_says() -> None:
     assert negotiate("image/tiff", (JSON,)) == JSON
+
+
+GEOJSON, CSV = "application/geo+json", "text/csv"
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("application/json", GEOJSON),
+        ("application/json, text/html", GEOJSON),
+        ("application/json, text/csv;q=0.1", CSV),
+    ],
+)
+def test_a_type_with_the_syntax_of_json_is_returned_to_a_client_of_json(
+    accept: str, chosen: str
+) -> None:
+    assert negotiate(accept, (CSV, GEOJSON)) == chosen
+
+
+@pytest.mark.parametrize(
+    "accept", ["application/json;q=0", "application/json, application/geo+json;q=0", "text/json"]
+)
+def test_a_client_that_does_not_accept_json_does_not_get_it(accept: str) -> None:
+    with pytest.raises(NotAcceptable):
+        negotiate(accept, (CSV, GEOJSON))
+
+
+def test_a_summary_is_preferred_to_geojson_if_both_are_available() -> None:
+    assert negotiate("application/json", (GEOJSON, CSV, JSON)) == JSON

@@ -432,6 +432,12 @@ def test_a_table_holds_a_row_for_each_field(api: httpx.Client, stack: list[Sourc
     assert sum(name.startswith("NDVI_2021-") and name.endswith("_q50") for name in columns) == 3
 
 
+def test_a_client_of_json_gets_geojson(api: httpx.Client, stack: list[SourceFile]) -> None:
+    response = posted(api, stack, fields=collection(), accept="application/json")
+    assert response.headers["content-type"] == "application/geo+json"
+    assert response.json() == posted(api, stack, fields=collection()).json()
+
+
 def test_geoparquet_is_read_by_geopandas(
     api: httpx.Client, stack: list[SourceFile], tmp_path: Path
 ) -> None:

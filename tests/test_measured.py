@@ -18,7 +18,7 @@ import torch
 from exactextract import exact_extract
 from pyts.image import RecurrencePlot
 from rasterio.warp import transform, transform_geom
-from shapely.geometry import Polygon, mapping
+from shapely.geometry import Polygon, mapping, shape
 from typer.testing import CliRunner
 
 from benchmarks.serving import served
@@ -231,6 +231,43 @@ def test_a_table_has_a_row_for_each_place_and_date(
     assert (rows[-1]["id"], rows[-1]["status"], rows[-1]["date"]) == ("outside", "outside", "")
 
 
+def test_geoparquet_has_a_row_with_lists_for_each_place(
+    api: httpx.Client, stack: list[SourceFile], tmp_path: Path
+) -> None:
+    fields = polygons()
+    fields["features"][3]["properties"]["NDVI"] = "mine"  # this place has no series of its own
+    document = measured(api, stack, fields=fields).json()
+    response = measured(api, stack, fields=fields, accept="application/vnd.apache.parquet")
+    assert response.headers["content-type"] == "application/vnd.apache.parquet"
+    assert 'filename="series.parquet"' in response.headers["content-disposition"]
+    path = tmp_path / "series.parquet"
+    path.write_bytes(response.content)
+    table = geopandas.read_parquet(path)
+    assert table.crs == "OGC:CRS84"
+    lists = ("clear", *document["bands"], *document["indices"])
+    assert len(table) == len(document["features"])
+    for (_, row), one in zip(table.iterrows(), document["features"], strict=True):
+        own = one["properties"]
+        assert (row["id"], row["status"], row["crop"]) == (one["id"], own["status"], own["crop"])
+        assert row.geometry.distance(shape(one["geometry"])) < 1e-9
+        if own["status"] == "outside":
+            assert all(row[name] is None for name in ("dates", *lists))
+            continue
+        assert row["hectares"] == own["hectares"]
+        assert [day.isoformat() for day in row["dates"]] == own["dates"] == DAYS
+        for name in lists:
+            same(row[name], np.array(own[name], float), atol=0)
+    alone = measured(api, stack, points=points(), accept="application/vnd.apache.parquet")
+    path.write_bytes(alone.content)
+    assert geopandas.read_parquet(path)["id"].tolist() == ["p0", "p1", "p2", "away"]
+
+
+def test_a_client_of_json_gets_geojson(api: httpx.Client, stack: list[SourceFile]) -> None:
+    response = measured(api, stack, points=points(), accept="application/json")
+    assert response.headers["content-type"] == "application/geo+json"
+    assert response.json() == measured(api, stack, points=points()).json()
+
+
 def graph_of(bands: tuple[str, ...], parameters: PlotParameters) -> PixelGraph:
     window = parameters.time_window
     return PixelGraph(
@@ -366,8 +403,9 @@ def test_plots_fit_no_table_and_not_any_number_of_places(
     api: httpx.Client, stack: list[SourceFile]
 ) -> None:
     options = {"plots": "true", "model": "embed-plots"}
-    response = measured(api, stack, accept="text/csv", points=points(), **options)
-    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+    for table in ("text/csv", "application/vnd.apache.parquet"):
+        response = measured(api, stack, accept=table, points=points(), **options)
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
     many = points()
     many["features"] *= MAX_PLOTS
     response = measured(api, stack, points=many, **options)

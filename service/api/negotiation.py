@@ -54,6 +54,9 @@ def _quality(text: str) -> float:
 def negotiate(accept: str, offers: Sequence[str], *, lenient: bool = False) -> str:
     """Choose the media type of a response: the one with the highest quality, of equals the first.
 
+    A client that accepts none of the types but `application/json` gets one whose syntax is JSON,
+    such as `application/geo+json` (RFC 6839): such a client can read it.
+
     Args:
         accept: the `Accept` header; empty accepts any type.
         offers: available media types, the preferred one first. If there is only one, it is used
@@ -73,14 +76,15 @@ def negotiate(accept: str, offers: Sequence[str], *, lenient: bool = False) -> s
         return offers[0]
     qualities = {offer: _quality_of(offer, ranges) for offer in offers}
     best = max(offers, key=lambda offer: qualities[offer])
-    if qualities[best] == 0 and lenient:
-        return offers[0]
-    if qualities[best] == 0:
-        raise NotAcceptable(
-            f"Accept is '{shown(accept)}', but this request has a response only as "
-            f"{', '.join(offers)}: accept one of these types"
-        )
-    return best
+    if qualities[best] > 0:
+        return best
+    as_json = [offer for offer in offers if _is_accepted_as_json(offer, ranges)]
+    if as_json or lenient:
+        return [*as_json, *offers][0]
+    raise NotAcceptable(
+        f"Accept is '{shown(accept)}', but this request has a response only as "
+        f"{', '.join(offers)}: accept one of these types"
+    )
 
 
 ASYNC = "respond-async"
@@ -99,6 +103,12 @@ def prefers(values: Sequence[str], name: str = ASYNC) -> bool:
     """
     preferences = [one for value in values for one in value.split(",")]
     return any(re.split("[;=]", one)[0].strip().lower() == name for one in preferences)
+
+
+def _is_accepted_as_json(offer: str, ranges: Sequence[MediaRange]) -> bool:
+    """Whether a type has JSON's syntax, and a client accepts JSON but does not name the type."""
+    named = any(f"{one.type}/{one.subtype}" == offer for one in ranges)
+    return offer.endswith("+json") and not named and _quality_of("application/json", ranges) > 0
 
 
 def _quality_of(offer: str, ranges: Sequence[MediaRange]) -> float:

@@ -224,6 +224,7 @@ MEASURED: Mapping[int | str, dict[str, Any]] = {
         "content": {
             GEOJSON: {"schema": _ref(MeasuredResponse)},
             CSV: {"schema": {"type": "string"}},
+            PARQUET: _BINARY,
         },
     },
     **problems(_TASK_ERRORS),

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -212,11 +213,64 @@ def write_geoparquet(features: Sequence[Mapping[str, Any]], path: Path) -> Path:
     Raises:
         InvalidFields: the table has too many cells.
     """
+    return _write_geoparquet(features, _arrays(features), path)
+
+
+def write_series_geoparquet(
+    features: Sequence[Mapping[str, Any]], lists: Sequence[str], path: Path
+) -> Path:
+    """Write measured series as GeoParquet 1.1 in longitude and latitude: one row per place.
+
+    Args:
+        features: GeoJSON features whose properties contain lists with one value per date.
+        lists: names of these lists, such as `B04` and `NDVI`.
+        path: the file to write; its columns are those of `table_rows`, `dates` and `lists` as
+            lists, null for a place without dates, and `geometry`.
+
+    Returns:
+        The path.
+
+    Raises:
+        InvalidFields: the table has too many cells.
+    """
+    by_date = {"dates", *lists}
+    places = [
+        {
+            "id": one.get("id", number),
+            "properties": {k: v for k, v in one["properties"].items() if k not in by_date},
+        }
+        for number, one in enumerate(features, start=1)
+    ]
+    # A place without a series may have properties of the request with the names of the lists.
+    series = [p if p["status"] in _MEASURED else {} for p in (f["properties"] for f in features)]
+    columns = _arrays(places)
+    days = [
+        None if "dates" not in one else [date.fromisoformat(day) for day in one["dates"]]
+        for one in series
+    ]
+    columns["dates"] = pa.array(days, pa.list_(pa.date32()))
+    for name in lists:
+        columns[name] = pa.array([one.get(name) for one in series], pa.list_(pa.float64()))
+    return _write_geoparquet(features, columns, path)
+
+
+def _arrays(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns of `table_rows`, by name.
+
+    Raises:
+        InvalidFields: the table has too many cells.
+    """
     values: dict[str, list[Any]] = {name: [None] * len(features) for name in _columns(features)}
     for number, row in enumerate(table_rows(features)):
         for name, value in row.items():
             values[name][number] = value
-    columns = {name: _array(values.pop(name)) for name in list(values)}
+    return {name: _array(values.pop(name)) for name in list(values)}
+
+
+def _write_geoparquet(
+    features: Sequence[Mapping[str, Any]], columns: dict[str, Any], path: Path
+) -> Path:
+    """Write columns, and the geometries of the features as the last one."""
     shapes = [
         None if one["geometry"] is None else shapely.from_geojson(json.dumps(one["geometry"]))
         for one in features

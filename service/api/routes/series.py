@@ -15,14 +15,15 @@ from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
 from service.api.disconnect import run_watched
 from service.api.negotiation import negotiate
 from service.api.openapi import MEASURED, body
-from service.api.responses import CSV, GEOJSON, server_timing, spooled, warning_headers
+from service.api.responses import CSV, GEOJSON, PARQUET, server_timing, spooled, warning_headers
 from service.api.routes.tasks import check_query, read_request, run_slot
+from service.api.sending import StoredFile
 from service.errors import InvalidRequest, NotReady
 from service.jobs.serialise import document_bytes
 from service.run.measured import Measured, measure
 from service.run.request import MeasureRequest
 from service.tracing import span
-from service.write.fields import observations_csv
+from service.write.fields import observations_csv, write_series_geoparquet
 
 router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response_class=Response)
 
@@ -44,10 +45,11 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
             )
         if not isinstance(parsed, MeasureRequest):
             raise TypeError("the parameters of /series did not make a MeasureRequest")
-        media = negotiate(request.headers.get("accept", ""), (GEOJSON, CSV))
-        if media == CSV and parsed.plots:
+        media = negotiate(request.headers.get("accept", ""), (GEOJSON, CSV, PARQUET))
+        if media != GEOJSON and parsed.plots:
             raise InvalidRequest.of(
-                "plots", f"CSV cannot hold recurrence plots: send 'Accept: {GEOJSON}', or no plots"
+                "plots",
+                f"a table cannot hold recurrence plots: send 'Accept: {GEOJSON}', or no plots",
             )
 
         def run(*, cancelled: threading.Event) -> Measured:
@@ -78,14 +80,19 @@ def _measure(
 
 def _response(found: Measured, media: str, folder: Path) -> Response:
     document = found.document
-    if media == CSV:
-        columns = ("clear", *document["bands"], *document["indices"])
-        table = observations_csv(document["features"], columns).encode()
-        response = spooled(table, CSV, folder / "series.csv")
+    columns = ("clear", *document["bands"], *document["indices"])
+    response: Response
+    if media == GEOJSON:
+        response = spooled(document_bytes(document), GEOJSON, folder / "series.json")
+    else:
+        if media == CSV:
+            table = observations_csv(document["features"], columns).encode()
+            response = spooled(table, CSV, folder / "series.csv")
+        else:
+            path = write_series_geoparquet(document["features"], columns, folder / "series.parquet")
+            response = StoredFile(path, media_type=PARQUET, filename=path.name)
         for text in warning_headers(found.warnings):
             response.headers.append("PIMC-Warning", text)
-    else:
-        response = spooled(document_bytes(document), GEOJSON, folder / "series.json")
     response.headers["Server-Timing"] = server_timing(found.timing)
     response.headers["Vary"] = "Accept"
     return response
