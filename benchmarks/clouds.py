@@ -319,9 +319,10 @@ def brightened(region: Region) -> list[str]:
 
     Returns:
         Number of clear dates, their largest share of brightened pixels, number of series with
-        clear and with cloudy dates, and the share of these that are found.
+        clear and with cloudy dates, and the share of these that are found; then, of series of 6
+        dates and more with clouds, how many masks look inverted, and how many inverted ones do.
     """
-    shares, found = [], []
+    shares, found, turned, turned_wrongly = [], [], [], []
     for size in (2, 3, 6, 12, 24):
         for part in (p for seed in range(25) for p in shortened(region, size, seed)):
             seen = np.asarray(part.seen)
@@ -334,12 +335,21 @@ def brightened(region: Region) -> list[str]:
             usable = seen.mean(axis=1) > 0.5
             doubted = usable & (share >= 0.2)
             doubted &= beside >= 0.7 * bright[:, :-1].sum(axis=1)
+            left = clear_by_scl(part.scl) & seen
+            marked = seen & ~left
+            if size >= 6 and min(left.sum(), marked.sum()) > 0.1 * seen.sum():
+                rates = bright[left].mean(), bright[marked].mean()
+                turned_wrongly.append(rates[0] >= max(0.2, 4 * rates[1]))
+                turned.append(rates[1] >= max(0.2, 4 * rates[0]))
             shares += share[usable & (clear >= 0.98)].tolist()
             cloudy = usable & (clear <= 0.3)
             if cloudy.any() and not cloudy.all():
                 found.append(bool(doubted.any()))
     most = f"{max(shares):.3f}" if shares else ""
-    return [str(len(shares)), most, str(len(found)), f"{np.mean(found):.2f}" if found else ""]
+    return [
+        *(str(len(shares)), most, str(len(found)), f"{np.mean(found):.2f}" if found else ""),
+        *(str(len(turned)), str(sum(turned_wrongly)), f"{np.mean(turned):.2f}" if turned else ""),
+    ]
 
 
 def effects(data: Path) -> Iterator[list[str]]:
@@ -390,8 +400,9 @@ def main() -> None:
     options = parser.parse_args()
     regions = read_regions(options.data, options.romania)
     if options.check:
-        print("| region | clear dates | brightened at most | series with clouds | found |")
-        print("|---|---|---|---|---|")
+        columns = "clear dates | brightened at most | series with clouds | found | partly marked"
+        print(f"| region | {columns} | look inverted | found if inverted |")
+        print("|---" * 8 + "|")
         for name, region in regions.items():
             print(f"| {name} | {' | '.join(brightened(region))} |")
         return

@@ -275,6 +275,29 @@ def test_a_mask_that_is_clear_where_the_pixels_are_clouds_is_doubted(
     assert codes(opened(files, mask="none")) == []
 
 
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("count", [3, 6])
+def test_a_mask_of_clear_pixels_instead_of_clouds_is_doubted(
+    tmp_path: Path, inverted: bool, count: int
+) -> None:
+    files = []
+    for n in range(count):
+        rng = np.random.default_rng(n)
+        pixels = np.array([400, 500, 3000])[:, None, None] * rng.uniform(0.8, 1.2, (3, 20, 20))
+        cloud = np.zeros((20, 20), np.bool_)
+        cloud[:, 4 * n % 20 : 4 * n % 20 + 8] = True
+        pixels[:, cloud] = rng.uniform(5000, 6000, (3, int(cloud.sum())))
+        mask = (~cloud if inverted else cloud)[None]
+        own = np.concatenate([pixels, mask]).astype(np.uint16)
+        path = tmp_path / f"2021{n + 1:02d}05.tif"
+        files.append(write(path, own, descriptions=(*BANDS, "CLM")))
+    warnings = found(opened(files))
+    assert [w.code for w in warnings] == ["mask_doubted"] * (inverted and count > 3)
+    for warning in warnings:
+        assert "the cloud mask (clm) seems to be inverted: 100% of the pixels" in warning.detail
+        assert "and 0% of those that it marks" in warning.detail
+
+
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize(
     ("name", "numbers", "clear"),

@@ -115,6 +115,10 @@ _CLOUDY_SHARE = 0.2
 _HARDLY_MARKED = 0.02
 # Clouds cover neighbours: the pixel sampled after one as bright as clouds mostly is so as well.
 _CLOUD_BESIDE = 0.7
+# A mask of several dates is inverted if what it leaves is bright this much more often than what it
+# marks. On the fewest dates below, real masks of mostly cloudy series are the other way round.
+_INVERTED_RATIO = 4
+_FEWEST_TO_INVERT = 4
 _NAMED_DATES = 12
 # Two bands by which images are compared: the first ones that are there, red first, in which clouds
 # are bright.
@@ -1134,7 +1138,7 @@ def _mask_doubted(stack: Stack, sample: _Sample, values: Floats) -> Iterator[Sta
     if stack.mask == "none" or stack.cloud_bands is not None or "B02" not in sample.bands:
         return
     blue = values[:, sample.bands.index("B02")]
-    seen = ~np.isnan(values).any(axis=1)
+    seen = np.asarray(~np.isnan(values).any(axis=1))
     bright = seen & _bright_as_clouds(sample, blue)
     count = seen.sum(axis=1)
     marked = (seen & ~sample.valid).sum(axis=1)
@@ -1146,6 +1150,15 @@ def _mask_doubted(stack: Stack, sample: _Sample, values: Floats) -> Iterator[Sta
         & (beside >= _CLOUD_BESIDE * bright[:, :-1].sum(axis=1))
     )
     ts = np.flatnonzero(doubted).tolist()
+    if inverted := _inverted(bright, seen, sample.valid):
+        yield StackWarning(
+            code="mask_doubted",
+            detail=f"the cloud mask ({stack.mask}) seems to be inverted: {inverted[0]:.0%} of the "
+            "pixels sampled that it leaves are as bright in blue as clouds or snow, and "
+            f"{inverted[1]:.0%} of those that it marks; check which of its numbers mean clear, or "
+            "give mask=cloud to estimate a mask from the series",
+        )
+        return
     if not ts:
         return
     share = float((bright.sum(axis=1) / np.maximum(count, 1))[ts].min())
@@ -1186,6 +1199,24 @@ def _moved(stack: Stack, sample: _Sample) -> Iterator[StackWarning]:
             f"of {moved.before:.2f}{others if len(ts) > 1 else ''}; it is read as its transform "
             "states: check how the file was written, or leave out that date",
         )
+
+
+def _inverted(
+    bright: NDArray[np.bool_], seen: NDArray[np.bool_], valid: NDArray[np.bool_]
+) -> tuple[float, float] | None:
+    """The shares of bright pixels where a mask is clear and where not, if clouds are where it is.
+
+    Args:
+        bright: True (T, N) where a pixel is as bright as clouds.
+        seen: True (T, N) where it has a value.
+        valid: True (T, N) where the mask leaves it.
+    """
+    left, marked = seen & valid, seen & ~valid
+    few = min(int(left.sum()), int(marked.sum())) < _ALIKE_PIXELS
+    if few or int(seen.any(axis=1).sum()) < _FEWEST_TO_INVERT:
+        return None
+    clear, cloudy = float(bright[left].mean()), float(bright[marked].mean())
+    return (clear, cloudy) if clear >= max(_CLOUDY_SHARE, _INVERTED_RATIO * cloudy) else None
 
 
 def _bright_as_clouds(sample: _Sample, blue: Floats) -> NDArray[np.bool_]:
