@@ -119,6 +119,7 @@ def made(api: httpx.Client, files) -> dict[str, Any]:
     assert response.status_code == 201, response.text
     assert response.headers["Location"] == "/models/my-crops"
     assert response.headers["PIMC-Model"] == "my-crops@1.0.0"
+    assert response.headers["PIMC-Provider"] == api.get("/health/ready").json()["provider"]
     assert response.headers["Server-Timing"].startswith("read;dur=")
     return dict(response.json())
 

@@ -288,6 +288,8 @@ def test_plots_are_those_of_the_graph(api: httpx.Client, stack: list[SourceFile]
     document = response.json()
     head = document["plots"]
     assert (head["model"], head["first_day"]) == ("embed-plots@0.0.1", "2021-01-01")
+    assert response.headers["PIMC-Model"] == head["model"]
+    assert "PIMC-Model" not in measured(api, stack, points=points()).headers  # no model is used
     card = api.get("/models/embed-plots").json()
     parameters = PlotParameters.of(ModelCard(**card))
     days = [(rasterio_day(day) - rasterio_day("2021-01-01")).days for day in DAYS]

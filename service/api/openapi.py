@@ -219,7 +219,10 @@ MEASURED: Mapping[int | str, dict[str, Any]] = {
     200: {
         "description": "The points or fields in their order, with lists by date as properties",
         "headers": _described(
-            {name: _HEADERS[name] for name in ("X-Request-ID", "Server-Timing", "PIMC-Warning")}
+            {
+                **{n: _HEADERS[n] for n in ("X-Request-ID", "Server-Timing", "PIMC-Warning")},
+                "PIMC-Model": "with `plots`: the model whose recurrence plots these are",
+            }
         ),
         "content": {
             GEOJSON: {"schema": _ref(MeasuredResponse)},
@@ -355,6 +358,7 @@ HEAD: Mapping[int | str, dict[str, Any]] = {
             {
                 "Location": "the model's card",
                 "PIMC-Model": "`name@version`",
+                "PIMC-Provider": "the execution provider that runs the model",
                 "Server-Timing": "milliseconds of `read` and of `infer`, which includes fitting",
             }
         ),

@@ -85,6 +85,7 @@ async def make_head(request: Request, app: App, folder: Folder, caller: Caller) 
         headers={
             "Location": f"{root_of(request)}/models/{card.name}",
             "PIMC-Model": card.id,
+            "PIMC-Provider": taught.model.provider,
             "Server-Timing": server_timing(taught.timing),
         },
     )

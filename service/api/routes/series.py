@@ -93,6 +93,8 @@ def _response(found: Measured, media: str, folder: Path) -> Response:
             response = StoredFile(path, media_type=PARQUET, filename=path.name)
         for text in warning_headers(found.warnings):
             response.headers.append("PIMC-Warning", text)
+    if "plots" in document:
+        response.headers["PIMC-Model"] = document["plots"]["model"]
     response.headers["Server-Timing"] = server_timing(found.timing)
     response.headers["Vary"] = "Accept"
     return response
