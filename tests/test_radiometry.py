@@ -275,6 +275,35 @@ def test_a_mask_that_is_clear_where_the_pixels_are_clouds_is_doubted(
     assert codes(opened(files, mask="none")) == []
 
 
+@pytest.mark.parametrize(
+    ("times", "dtype", "shares"),
+    [(1, "float32", True), (100, "float32", False), (100, "uint16", False)],
+)
+@pytest.mark.parametrize("mask", [None, "cldprb:70"])
+def test_probabilities_of_clouds_may_be_shares_of_one(
+    tmp_path: Path, times: int, dtype: str, shares: bool, mask: str | None
+) -> None:
+    files, clear = [], []
+    for n in range(4):
+        rng = np.random.default_rng(n)
+        pixels = np.array([0.04, 0.05, 0.3])[:, None, None] * rng.uniform(0.8, 1.2, (3, 20, 20))
+        probability = rng.integers(0, 101, (1, 20, 20)) / 100
+        if dtype == "uint16":
+            pixels *= 10_000
+        own = np.concatenate([pixels, probability * times]).astype(dtype)
+        path = tmp_path / f"2021{n + 1:02d}05.tif"
+        files.append(write(path, own, descriptions=(*BANDS, "MSK_CLDPRB")))
+        clear.append(np.rint(probability[0] * 100) < (70 if mask else 40))
+    stack = calibrate(opened(files, **({"mask": mask} if mask else {})))
+    said = [w.detail for w in stack.warnings if w.code == "mask_assumed"]
+    assert len(said) == shares
+    assert all("are read as shares of one, not as per cent" in detail for detail in said)
+    with StackReader(stack) as reader:
+        found = reader.read(Window(0, 0, 20, 20)).valid
+    # 0.4 and 0.7 themselves are rounded by the file's numbers.
+    assert (found != np.stack(clear)).mean() < 0.02
+
+
 @pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize("count", [3, 6])
 def test_a_mask_of_clear_pixels_instead_of_clouds_is_doubted(

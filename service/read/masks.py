@@ -233,14 +233,14 @@ def qa60(data: Numbers) -> Clear:
     return _without(data, (10, 11))
 
 
-def cldprb(data: Numbers, limit: float = CLDPRB_LIMIT) -> Clear:
+def cldprb(data: Numbers, limit: float = CLDPRB_LIMIT, times: float = 1) -> Clear:
     """MSK_CLDPRB of Sentinel-2 level 2A: below `limit` per cent of cloud probability is clear.
 
     Source: Sentinel-2 Products Specification Document, quality indicator MSK_CLDPRB: probability of
     cloud by Sen2Cor, 0 to 100 per cent. The band does not mark cloud shadows. MSK_SNWPRB is the
-    same for snow.
+    same for snow. Numbers that were divided by 100 are multiplied by `times`.
     """
-    return np.asarray((data >= 0) & (data < min(limit, 100.5)))
+    return np.asarray((data >= 0) & (data * times < min(limit, 100.5)))
 
 
 def probability(data: Numbers, limit: float = CLDPRB_LIMIT, full: float = 100.0) -> Clear:
@@ -298,6 +298,37 @@ def alpha(data: Numbers) -> Clear:
     Source: TIFF 6.0, ExtraSamples; Sentinel Hub documentation, `dataMask`.
     """
     return np.asarray(data != 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """Another meaning of a mask's numbers, which the numbers themselves decide."""
+
+    clear: Decoder
+    """The function from the numbers to True where clear."""
+    fits: Callable[[Numbers], bool]
+    """Whether numbers of many pixels and dates have this meaning."""
+    words: str
+    """What they are read as, for the warning `mask_assumed`."""
+
+
+CLASSES = (
+    "are those of python-fmask's classes (1 clear, 2 cloud, 3 shadow, 4 snow, 5 water) and are "
+    "read as such; as the bits of HLS, no pixel would be clear"
+)
+SHARES = "are fractions up to 1 and are read as shares of one, not as per cent"
+
+
+def are_shares(numbers: Numbers) -> bool:
+    """Whether the numbers of a probability are shares of one, and not per cent.
+
+    They are at most 1, and some are fractions.
+
+    Args:
+        numbers: of many pixels and dates, of any shape; NaN without a value.
+    """
+    known = numbers[np.isfinite(numbers) & (numbers >= 0)]
+    return bool(known.size and known.max() <= 1 and (known != np.trunc(known)).any())
 
 
 def are_classes(numbers: Numbers) -> bool:
@@ -427,18 +458,20 @@ class MaskRule:
         decode = self._of_whole_numbers(file)
         return decode if self.name in ASSUMED else partial(_whole, decode, self.band, file)
 
-    def alternative(self, file: str) -> Decoder | None:
-        """The function for classes in a band that may hold bits or classes; None for any other.
-
-        Nothing but the numbers tells python-fmask's classes from HLS's bits, unless the name of the
-        file does.
+    def alternative(self, file: str) -> Alternative | None:
+        """Another meaning that the numbers of the band may have; None if they have only one.
 
         Args:
             file: the file's name, with its folders.
         """
+        if self.name in {"cldprb", "snwprb"}:
+            limit = LIMITS[self.name] if self.limit is None else self.limit
+            shares = partial(cldprb, limit=limit, times=100)
+            return Alternative(clear=shares, fits=are_shares, words=SHARES)
         if self.name != "fmask" or _DEA.search(file) or _HLS.search(file):
             return None
-        return partial(_whole, fmask_classes, self.band, file)
+        clear = partial(_whole, fmask_classes, self.band, file)
+        return Alternative(clear=clear, fits=are_classes, words=CLASSES)
 
     def _of_whole_numbers(self, file: str) -> Decoder:
         if self.name == "fmask" and _DEA.search(file):

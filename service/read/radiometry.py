@@ -23,10 +23,9 @@ from service.errors import ImplausibleReflectance, StackWarning, first_names
 from service.grid import Window
 from service.read import alignment, clouds
 from service.read.geotiff import BlockCache
-from service.read.masks import are_classes
 from service.read.reader import StackReader
 from service.read.reflectance import BASELINE_OFFSET, GIVEN, days_in_words
-from service.read.stack import Plane, Stack
+from service.read.stack import Acquisition, MaskPlane, Plane, Stack
 
 Floats = NDArray[np.float32]
 PLAUSIBLE = (-0.2, 1.6)
@@ -245,7 +244,7 @@ def calibrate(
     positions = sorted(range(stack.observations) if used is None else used)
     if not positions:
         return stack
-    stack, warnings = _with_classes(stack, positions, cache, before_read)
+    stack, warnings = _decoded_by_numbers(stack, positions, cache, before_read)
     sample = _sample(stack, positions, cache, before_read)
     for correct in (_fill, _scaled_already, _not_in_the_pixels, _unstated_offset):
         sample, more = correct(sample)
@@ -270,57 +269,73 @@ def calibrate(
     return replace(corrected, warnings=(*stack.warnings, *stated, *warnings))
 
 
-def _with_classes(
+def _decoded_by_numbers(
     stack: Stack,
     positions: Sequence[int],
     cache: BlockCache | None,
     before_read: Callable[[], None],
 ) -> tuple[Stack, list[StackWarning]]:
-    """The stack with masks decoded as classes whose numbers are not those of bits."""
-    some = [positions[n] for n in np.linspace(0, len(positions) - 1, _SAMPLED_MASKS).astype(int)]
-    chosen = [
-        (acquisition, mask)
-        for acquisition in stack.acquisitions
-        for mask in acquisition.masks
-        if mask.alternative and acquisition.observation in some
-    ]
-    if not chosen:
-        return stack, []
+    """The stack with masks decoded by another meaning of their numbers, if the numbers have it."""
+    some = {positions[n] for n in np.linspace(0, len(positions) - 1, _SAMPLED_MASKS).astype(int)}
+    masks: dict[str, list[MaskPlane]] = defaultdict(list)
+    for acquisition in stack.acquisitions:
+        for mask in acquisition.masks:
+            if mask.alternative and acquisition.observation in some:
+                masks[mask.alternative.words].append(mask)
+    warnings = []
+    for words, own in masks.items():
+        numbers = _numbers_of(stack, own, cache, before_read)
+        other = own[0].alternative
+        if other is None or not other.fits(numbers):
+            continue
+        stack = _with_alternative(stack, words)
+        files = first_names([_quoted(mask) for mask in own], 2)
+        detail = (
+            f"the numbers of the cloud mask in {files} {words}: "
+            "give mask=none or mask=cloud if this is wrong"
+        )
+        warnings.append(StackWarning(code="mask_assumed", detail=detail))
+    return stack, warnings
+
+
+def _quoted(mask: MaskPlane) -> str:
+    """The file of a mask, for messages."""
+    return f"'{mask.plane.source.name}'"
+
+
+def _numbers_of(
+    stack: Stack,
+    masks: Sequence[MaskPlane],
+    cache: BlockCache | None,
+    before_read: Callable[[], None],
+) -> Floats:
+    """The numbers of masks at the sampled places, (places, masks, 1, h, w); 0 may be NaN."""
     plain = replace(
         stack,
         bands=("mask",),
         cloud_bands=None,
         acquisitions=tuple(
-            replace(acquisition, observation=n, planes=(mask.plane,), masks=())
-            for n, (acquisition, mask) in enumerate(chosen)
+            Acquisition(observation=n, planes=(mask.plane,)) for n, mask in enumerate(masks)
         ),
     )
-    plain = _as_stored(plain)
-    windows = _sampled_windows(stack)
-    with StackReader(plain, cache=cache, before_read=before_read) as reader:
-        numbers = np.stack([reader.read(window).values for window in windows])
-    if not are_classes(numbers):
-        return stack, []
-    first = chosen[0][1].plane.source.name
-    detail = (
-        f"the numbers of the mask FMASK in '{first}' and other files are those of python-fmask's "
-        "classes (1 clear, 2 cloud, 3 shadow, 4 snow, 5 water) and are read as such; as the bits "
-        "of HLS, no pixel would be clear: give mask=none or mask=cloud if this is wrong"
+    with StackReader(_as_stored(plain), cache=cache, before_read=before_read) as reader:
+        return np.stack([reader.read(window).values for window in _sampled_windows(stack)])
+
+
+def _with_alternative(stack: Stack, words: str) -> Stack:
+    """The stack whose masks of an alternative are decoded by it."""
+
+    def decoded(mask: MaskPlane) -> MaskPlane:
+        other = mask.alternative
+        return replace(mask, clear=other.clear) if other and other.words == words else mask
+
+    return replace(
+        stack,
+        acquisitions=tuple(
+            replace(acquisition, masks=tuple(map(decoded, acquisition.masks)))
+            for acquisition in stack.acquisitions
+        ),
     )
-    as_classes = tuple(
-        replace(
-            acquisition,
-            masks=tuple(
-                replace(mask, clear=mask.alternative, alternative=None)
-                if mask.alternative
-                else mask
-                for mask in acquisition.masks
-            ),
-        )
-        for acquisition in stack.acquisitions
-    )
-    warning = StackWarning(code="mask_assumed", detail=detail)
-    return replace(stack, acquisitions=as_classes), [warning]
 
 
 def _with_planes(stack: Stack, sample: _Sample) -> Stack:

@@ -43,7 +43,7 @@ from service.read.geotiff import (
     read_header,
 )
 from service.read.layouts import Layout, StackOptions, counted
-from service.read.masks import ALPHA_RULE, Decoder, MaskRule, alpha
+from service.read.masks import ALPHA_RULE, Alternative, Decoder, MaskRule, alpha
 from service.read.metadata import (
     ignored_offsets,
     sort_files,
@@ -117,8 +117,8 @@ class MaskPlane:
     """The function from the band's numbers to True where clear."""
     missing: bool = False
     """Whether pixels that are not clear are missing, as for alpha, and not cloudy."""
-    alternative: Decoder | None = None
-    """The function that takes the place of `clear` if the numbers are classes and not bits."""
+    alternative: Alternative | None = None
+    """Another meaning that the numbers may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
