@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -18,9 +18,11 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from pimc_client.cli import app
 from pimc_client.inputs import Series
+from service.infer.model import LoadedModel
 from service.read.geotiff import SourceFile
 from service.run.memory import MemoryBudget
 from service.run.pixels import PixelStages
+from service.run.validate import Validation, rough_pace
 from service.telemetry import Metrics
 from tests.kits.client import connected
 from tests.kits.marks import in_all_tests
@@ -142,7 +144,8 @@ def test_the_estimate_of_the_pace_is_of_the_same_kind(
 
     def runs(**data: str) -> int:
         found = post(api, "/validate?task=landcover", stack, **data).json()["estimate"]["seconds"]
-        return 0 if found is None else int(found["runs"])
+        assert 0 < found["shortest"] < found["longest"]
+        return int(found["runs"])
 
     points = {"points": json.dumps(POINTS)}
     before = runs(), runs(**points)
@@ -201,6 +204,48 @@ def test_nothing_runs_and_runs_make_the_estimate(
     seconds = post(api, "/validate?task=forecast", stack).json()["estimate"]["seconds"]
     assert seconds["runs"] >= 1
     assert 0 < seconds["shortest"] <= seconds["longest"]
+
+
+@pytest.mark.parametrize("kind", ["raster", "points", "fields", "series", "patches", "similar"])
+def test_the_seconds_of_a_first_request_are_a_rough_range(
+    stack: list[SourceFile], tmp_path: Path, kind: str
+) -> None:
+    data: dict[str, str] = {
+        "points": {"points": json.dumps(POINTS)},
+        "similar": {"points": json.dumps(POINTS)},
+        "fields": {"fields": json.dumps(FIELDS)},
+    }.get(kind, {})
+    task = {"patches": "landcover", "similar": "similar"}.get(kind, "classify-pixels")
+    path = f"/validate?task={task}"
+    with served(model_dir=write_zoo(tmp_path)) as api:
+        if kind == "series":
+            dates = [f"2021-0{n}-01" for n in range(1, 7)]
+            bands = {"B02": [0.05] * 6, "B04": [0.06] * 6, "B08": [0.3] * 6}
+            body = {"series": [{"id": "a", "dates": dates, **bands}]}
+            found = api.post(path, json=body).json()
+        else:
+            found = post(api, path, stack, **data).json()
+        seconds = found["estimate"]["seconds"]
+        assert seconds["runs"] == 0
+        assert 0 < seconds["shortest"] < seconds["longest"]
+        assert "pimc_batch_size_count{" not in api.get("/metrics").text  # nothing ran
+
+
+def test_a_rough_range_grows_with_predictions_bytes_and_files() -> None:
+    class Model:
+        def seconds_each(self) -> float:
+            return 0.001
+
+    def rough(**numbers: int) -> tuple[float, float]:
+        found = rough_pace(Validation(**numbers), cast(LoadedModel, Model()))
+        assert found.runs == 0
+        return found.shortest, found.longest
+
+    shortest, longest = rough(predictions=6000)
+    assert shortest < 6.0 < longest  # what the batches take
+    assert rough(predictions=12_000) == (pytest.approx(2 * shortest), longest + 18.0)
+    assert rough(predictions=6000, read_bytes=10**12)[0] == pytest.approx(500.0)
+    assert rough(predictions=6000, files=100)[1] == pytest.approx(longest + 2.0)
 
 
 def test_a_pace_spans_the_last_runs_scaled_by_pixels() -> None:

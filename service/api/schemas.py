@@ -1437,7 +1437,14 @@ class Seconds(BaseModel):
 
     shortest: float
     longest: float
-    runs: Annotated[int, Field(description="number of runs that the range is taken from")]
+    runs: Annotated[
+        int,
+        Field(
+            description="number of runs that the range is taken from; 0 before the first run of "
+            "the task for the same kind (raster, points, fields or series) since the server's "
+            "start: a rough range, from the time of one batch of the model"
+        ),
+    ]
 
 
 class Estimate(BaseModel):
@@ -1464,10 +1471,7 @@ class Estimate(BaseModel):
     ]
     seconds: Annotated[
         Seconds | None,
-        Field(
-            description="null until the task has run for the same kind (raster, points, fields or "
-            "series) since the server's start"
-        ),
+        Field(description="null if a caller's own model was removed meanwhile"),
     ]
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,7 @@ class LoadedModel:
         self._reference = reference
         self.failing = False
         """Whether the last run failed on the device, also when it was retried."""
+        self._seconds_each: float | None = None
         self._warm_up()
 
     @property
@@ -143,6 +145,28 @@ class LoadedModel:
         if self.provider == CUDA:
             return self._batch * 4
         return 8192 if self.card.modality == "pixel" else 128
+
+    def seconds_each(self) -> float:
+        """Seconds per pixel or patch with all threads busy, measured at the first call.
+
+        It is the time of one batch of random, plausible reflectance on few dates.
+
+        Raises:
+            InternalError: ONNX Runtime failed.
+        """
+        if self._seconds_each is None:
+            on_device = self.provider == CUDA
+            sample = _sample(self.card, self._batch)
+            try:
+                with self._device if on_device else nullcontext():
+                    self._session.run(sample)  # the first batch of a size may compile kernels
+                    begun = time.perf_counter()
+                    self._session.run(sample)
+                    spent = time.perf_counter() - begun
+            except _RUN_ERRORS as error:
+                raise InternalError(f"model '{self.card.id}' failed to run") from error
+            self._seconds_each = spent / self._batch / (1 if on_device else self._threads)
+        return self._seconds_each
 
     def pixels(
         self,

@@ -27,6 +27,8 @@ from service.errors import (
     WrongSensor,
     WrongTask,
 )
+from service.infer.model import LoadedModel
+from service.infer.patches import PatchGrid
 from service.read.geotiff import SourceFile, side_file
 from service.read.layouts import StackOptions
 from service.read.stack import read_headers
@@ -38,6 +40,7 @@ from service.run.plan import Kind, Plan, RasterRun, unique
 from service.run.request import RasterRequest, SeriesRequest, TaskRequest
 from service.run.series import SeriesRun
 from service.run.windows import WINDOW_BYTES
+from service.telemetry import Pace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,10 @@ class Validation:
     which the run reads."""
     raster_pixels: int = 0
     """Pixels of the raster, by which a request becomes a job; 0 for points and series."""
+    predictions: int = 0
+    """Pixels or patches that the model predicts for."""
+    files: int = 0
+    """Files that the run opens."""
     dates: int = 0
     """Number of the stack's dates that the run uses; 0 for series, each of which has its own."""
     read_bytes: int = 0
@@ -115,6 +122,7 @@ def validation(
             model=planned.model.card.id,
             predicts_for=planned.predicts_for,
             pixels=len(run.series),
+            predictions=len(run.series),
             memory_bytes=planned.need.total,
         )
     return _of_raster(planned, run, window_bytes, cancelled)
@@ -197,15 +205,55 @@ def _of_raster(
         on_grid = FieldGrid(fields, run.stack.grid)
         parts = field_windows(run, on_grid, window_bytes, cancelled)
         pixels = read = sum(int(part.width * part.height) for part in parts)
+    predictions, card = pixels, planned.model.card
+    if card.modality == "patch" and planned.predicts_for == "raster":
+        patches = PatchGrid.over(run.stack.grid, side=card.patch or 0, stride=run.stride)
+        predictions = patches.grid.width * patches.grid.height
     return Validation(
         warnings=unique((*run_warnings(run), *(fields.warnings if fields else ()))),
         model=planned.model.card.id,
         predicts_for=planned.predicts_for,
         pixels=pixels,
         raster_pixels=planned.pixels,
+        predictions=predictions,
+        files=len(run.stack.paths),
         dates=len(run.used),
         read_bytes=read * run.pixel_bytes,
         memory_bytes=planned.need.total,
+    )
+
+
+_MARGIN = 3.0
+"""Factor by which the time of a batch may differ from that of a prediction in a run."""
+_READ_RATES = 2e7, 2e9
+"""Bytes per second that a slow and a fast machine decode."""
+_FILE_SECONDS = 0.02
+"""Seconds in which a slow machine opens a file."""
+_OVERHEAD_SECONDS = 1.0
+"""Seconds of the rest of a run on a slow machine."""
+
+
+def rough_pace(found: Validation, model: LoadedModel) -> Pace:
+    """Estimate the duration of a run before the first one, from one batch of the model.
+
+    The range is wide: what reading takes is not measured.
+
+    Args:
+        found: the outcome of a request that can run.
+        model: the model of the request.
+
+    Raises:
+        InternalError: ONNX Runtime failed.
+    """
+    infer = found.predictions * model.seconds_each()
+    slow, fast = _READ_RATES
+    return Pace(
+        shortest=max(infer / _MARGIN, found.read_bytes / fast),
+        longest=infer * _MARGIN
+        + found.read_bytes / slow
+        + found.files * _FILE_SECONDS
+        + _OVERHEAD_SECONDS,
+        runs=0,
     )
 
 

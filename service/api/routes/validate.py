@@ -16,7 +16,8 @@ from service.api.schemas import Estimate, Seconds, ValidationResponse, WarningEn
 from service.errors import NotReady
 from service.run.plan import Plan
 from service.run.request import RasterRequest, Runnable, TaskRequest
-from service.run.validate import Validation, problem_document, validation
+from service.run.validate import Validation, problem_document, rough_pace, validation
+from service.telemetry import Pace
 
 router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER])
 
@@ -42,26 +43,32 @@ async def validate(
         parsed = await read_request(
             task, request, app, folder, None, admitted, caller or "", on_demand=True
         )
-        run = partial(_validated, app, parsed, caller or "")
-        found = await run_watched(request, run, slot=run_slot(app, share))
-    return _response(app, task, found)
+        run = partial(_validated, app, task, parsed, caller or "")
+        found, pace = await run_watched(request, run, slot=run_slot(app, share))
+    return _response(app, task, found, pace)
 
 
 def _validated(
-    app: AppState, parsed: TaskRequest, owner: str, *, cancelled: threading.Event
-) -> Validation:
+    app: AppState, task: Runnable, parsed: TaskRequest, owner: str, *, cancelled: threading.Event
+) -> tuple[Validation, Pace | None]:
     def plan(request: TaskRequest) -> Plan:
         rasters = isinstance(request, RasterRequest) and not request.of_places
         return planned(app, request, rasters=rasters, owner=owner, cancelled=cancelled)
 
-    return validation(parsed, plan, window_bytes=app.budget.window_bytes, cancelled=cancelled)
+    found = validation(parsed, plan, window_bytes=app.budget.window_bytes, cancelled=cancelled)
+    model = app.engine.named(found.model, owner) if found.model else None
+    if model is None:
+        return found, None
+    pace = app.metrics.pace(task, found.pixels, of=found.predicts_for)
+    return found, pace or rough_pace(found, model)
 
 
-def _response(app: AppState, task: Runnable, found: Validation) -> ValidationResponse:
+def _response(
+    app: AppState, task: Runnable, found: Validation, pace: Pace | None
+) -> ValidationResponse:
     if found.problems:
         problems = [problem_document(problem) for problem in found.problems]
         return ValidationResponse(valid=False, task=task, problem=problems[0], problems=problems)
-    pace = app.metrics.pace(task, found.pixels, of=found.predicts_for)
     return ValidationResponse(
         valid=True,
         task=task,
