@@ -219,6 +219,43 @@ def test_pixels_that_no_two_images_have_alike_are_named(
     assert all(said in warning.detail for warning in warnings)
 
 
+@pytest.mark.parametrize(("flat", "said"), [(1, True), (4, True), (5, False)])
+def test_a_date_without_any_contrast_is_named(tmp_path: Path, flat: int, said: bool) -> None:
+    files = [field(tmp_path / f"2021{n + 1:02d}05.tif") for n in range(5)]
+    for n, file in enumerate(files[:flat]):
+        with rasterio.open(file.path, "r+") as written:
+            levels = np.array([400, 500, 3000 + n])[:, None, None]
+            written.write(np.broadcast_to(levels, (3, 20, 20)).astype(np.uint16))
+    warnings = found(opened(files))
+    assert [w.code for w in warnings] == ["pixels_repeated"] * said
+    assert all("of each band are one number, unlike on other dates" in w.detail for w in warnings)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint16"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda own: (own - own.mean()) / own.std(), "are below -0.2, which no reflectance is"),
+        (lambda own: (own - own.min()) / np.ptp(own), "are from 0 to 1 exactly"),
+        (lambda own: own, None),
+    ],
+)
+def test_numbers_that_were_normalised_are_suspected(
+    tmp_path: Path, change: Callable, said: str | None, dtype: str
+) -> None:
+    files = []
+    for n in range(4):
+        rng = np.random.default_rng(n)
+        bands = np.array([0.04, 0.05, 0.3])[:, None, None] * rng.uniform(0.7, 1.3, (3, 20, 20))
+        pixels = np.stack([change(band) for band in bands])
+        if dtype == "uint16":  # extremes of integers may be alike by chance
+            pixels = pixels.clip(0) * 10_000
+        path = tmp_path / f"2021{n + 1:02d}05.tif"
+        files.append(write(path, pixels.astype(dtype), descriptions=BANDS))
+    details = [w.detail for w in found(opened(files)) if w.code == "scale_suspected"]
+    assert any(said in detail for detail in details) == (dtype != "uint16") if said else not details
+
+
 @pytest.mark.parametrize("copies", [0, 2, 4, 6, 8])
 def test_one_image_under_many_dates_is_named(tmp_path: Path, copies: int) -> None:
     """Also if it is on more than half of the dates, or on all."""

@@ -107,6 +107,7 @@ _FILL_SHARE = 0.005
 _FILL_PIXELS = 8
 _NOT_FILL_SHARE = 0.95
 _TAG_IN_USE = 0.05
+_NEGATIVE_SHARE = 0.1
 _FEWEST_CLEAR = 20
 # The mask misses the clouds of a date on which this share of the pixels is as bright as clouds, and
 # of which it marks hardly any. docs/decisions/cloud-mask.md has the share on real clear dates.
@@ -258,6 +259,7 @@ def calibrate(
             *_dark(sample, clear),
             *_darker_than_land(sample, clear),
             *_like_landsat(sample, clear),
+            *_normalised(sample, values, clear),
             *_other_units(sample, values),
             *_swapped(sample, values, clear),
             *_repeated(sample),
@@ -1026,6 +1028,38 @@ def _like_landsat(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
         )
 
 
+def _normalised(sample: _Sample, values: Floats, clear: Floats) -> Iterator[StackWarning]:
+    """The warning that the numbers were normalised, so that they are reflectance no longer.
+
+    Standardised numbers are negative where they are below the mean. Numbers that were stretched
+    from 0 to 1 have the same extremes in every band of every date, which no reflectance has.
+    """
+    negative = float(np.mean(clear < PLAUSIBLE[0]))
+    if negative > _NEGATIVE_SHARE:
+        yield StackWarning(
+            code="scale_suspected",
+            detail=f"{negative:.0%} of the clear values sampled are below {PLAUSIBLE[0]}, which no "
+            "reflectance is: the numbers may be standardised, as for training a network, or in "
+            "other units; send reflectance, or give `scale` and `offset` that restore it",
+        )
+    extremes = {
+        (float(band.min()), float(band.max()))
+        for own, valid, planes in zip(values, sample.valid, sample.planes, strict=True)
+        if valid.any() and not planes[0].integer
+        for band in own[:, valid]
+    }
+    dates = int(sample.valid.any(axis=1).sum())
+    if len(extremes) == 1 and dates * len(sample.bands) > 1:
+        ((low, high),) = extremes
+        if low < high and not any(plane.integer for own in sample.planes for plane in own):
+            yield StackWarning(
+                code="scale_suspected",
+                detail=f"the values sampled of every band and date are from {low:g} to {high:g} "
+                "exactly: the numbers seem to be stretched to this range, as for viewing or "
+                "training, and are then no reflectance; send reflectance",
+            )
+
+
 def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
     """The warnings that files are in smaller or larger units than the others, such as per cent."""
     levels = _by_date_of_all_bands(np.abs(values), sample.valid, _BRIGHT_PERCENTILE)
@@ -1091,11 +1125,14 @@ def _repeated(sample: _Sample) -> Iterator[StackWarning]:
     equal pixels in all bands.
     """
     equal: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    plain: list[int] = []
     for t, (stored, valid) in enumerate(zip(sample.stored, sample.valid, strict=True)):
         own = stored[:, valid]
         if own.shape[1] < _ALIKE_PIXELS:
             continue
         varies = own.min(axis=1) < own.max(axis=1)
+        if not varies.any():
+            plain.append(t)
         for c in np.flatnonzero(~varies) if varies.any() else ():
             equal[sample.bands[c], f"{own[c, 0]:g}"].append(t)
         for one, other in combinations(np.flatnonzero(varies).tolist(), 2):
@@ -1107,6 +1144,13 @@ def _repeated(sample: _Sample) -> Iterator[StackWarning]:
             words = f"{what[0]} and {what[1]} are equal in all clear pixels sampled"
         yield _repeats(f"{sample.names(ts)}: {words}, so that a band seems to be missing or named "
                        "wrongly: check the file, or leave out that date")  # fmt: skip
+    judged = int((sample.valid.sum(axis=1) >= _ALIKE_PIXELS).sum())
+    if 0 < len(plain) < judged:
+        yield _repeats(
+            f"{sample.names(plain)}: all clear pixels sampled of each band are one number, unlike "
+            "on other dates, so that the image seems to be empty: check the file, or leave out "
+            "that date"
+        )
     if dates := _equal_dates(sample):
         of_all = f"{len(dates)} of {len(sample.positions)} dates"
         yield _repeats(
