@@ -979,6 +979,31 @@ def test_missing_pixels_from_which_the_offset_was_subtracted_are_found(
         assert "'20210405.tif'" in warnings["nodata_suspected"]
 
 
+@pytest.mark.parametrize(
+    ("bands", "how", "code"),
+    [
+        ([0], {}, "nodata_suspected"),
+        ([0, 2], {"nodata": 0}, "nodata_suspected"),
+        ([0, 1, 2], {}, "nodata_assumed"),
+        ([0], {"nodata": 65_535}, None),
+    ],
+)
+def test_saturated_numbers_in_some_bands_are_named(
+    tmp_path: Path, bands: list[int], how: dict, code: str | None
+) -> None:
+    files = [field(tmp_path / f"20210{month}05.tif", **how) for month in range(1, 5)]
+    with rasterio.open(files[2].path, "r+") as file:
+        pixels = file.read()
+        pixels[bands, :2] = 65_535
+        file.write(pixels)
+    warnings = found(opened(files))
+    assert [w.code for w in warnings] == ([code] if code else [])
+    if code == "nodata_suspected":
+        names = ", ".join(BANDS[c] for c in bands)
+        said = f"is in {names} of up to 10.0% of the pixels sampled, in '20210305.tif'"
+        assert said in warnings[0].detail
+
+
 # --- the sample -----------------------------------------------------------------------------
 
 

@@ -260,6 +260,7 @@ def calibrate(
             *_darker_than_land(sample, clear),
             *_like_landsat(sample, clear),
             *_normalised(sample, values, clear),
+            *_largest_numbers(sample),
             *_other_units(sample, values),
             *_swapped(sample, values, clear),
             *_repeated(sample),
@@ -1025,6 +1026,35 @@ def _like_landsat(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
             f"{planes[0].scale:g}, which no file states: the numbers seem to be those of Landsat "
             "Collection 2; give sensor=landsat, or scale=0.0000275 and offset=-0.2, or "
             f"scale={planes[0].scale:g} to confirm that all of it is snow or cloud",
+        )
+
+
+def _largest_numbers(sample: _Sample) -> Iterator[StackWarning]:
+    """The warning that the largest number of 16 bits is in some bands of pixels, as a value.
+
+    Sentinel-2's products mark saturated pixels by it (Products Specification Document), others
+    missing ones. In all bands it is found as a number that means missing.
+    """
+    ts, bands, share = [], set(), 0.0
+    for t, own in enumerate(sample.planes):
+        found = (sample.stored[t] == _LARGEST_UINT16) & sample.valid[t]
+        for c, plane in enumerate(own):
+            reflectance = _LARGEST_UINT16 * plane.scale + plane.offset
+            if not plane.integer or plane.itemsize != 2 or reflectance <= PLAUSIBLE[1]:
+                found[c] = False
+        count = int(found.any(axis=0).sum())
+        if count >= max(_FILL_PIXELS, _FILL_SHARE * found.shape[1]):
+            ts.append(t)
+            bands |= {sample.bands[c] for c in np.flatnonzero(found.any(axis=1))}
+            share = max(share, count / found.shape[1])
+    if ts:
+        yield StackWarning(
+            code="nodata_suspected",
+            detail=f"{_LARGEST_UINT16}, the largest number of 16 bits, is in "
+            f"{', '.join(sorted(bands))} of up to {share:.1%} of the pixels "
+            f"sampled, in {sample.names(ts)}: such pixels are "
+            "saturated or missing, and are read as reflectance: record the number with "
+            f"`gdal_edit.py -a_nodata {_LARGEST_UINT16} FILE`",
         )
 
 
