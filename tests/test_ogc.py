@@ -670,7 +670,7 @@ def test_req_core_process_execute_sync_raw_value_one(
     wanted = {"polygons": {"format": {"mediaType": "application/geo+json"}}}
     response = execute(api, inputs={"files": links}, outputs=wanted)
     assert response.headers["content-type"] == "application/geo+json"
-    own = plain(api, files, outputs="polygons")
+    own = plain(api, files, "application/geo+json", outputs="polygons")
     assert response.json()["features"] == own.json()["features"]
 
 

@@ -172,12 +172,14 @@ def posted(
 
 
 def test_polygons_of_every_type(api: httpx.Client, stack: list[SourceFile]) -> None:
-    default = posted(api, stack, outputs="polygons")
-    assert default.headers["content-type"] == GEOJSON
-    features = default.json()["features"]
-    assert default.json()["model"].startswith("pixels-landcover")
+    named = posted(api, stack, {"Accept": GEOJSON}, outputs="polygons")
+    assert named.headers["content-type"] == GEOJSON
+    features = named.json()["features"]
+    assert named.json()["model"].startswith("pixels-landcover")
     table = posted(api, stack, {"Accept": PARQUET}, outputs="polygons")
-    assert table.headers["content-type"] == PARQUET
+    default = posted(api, stack, {"Accept": "*/*"}, outputs="polygons")
+    assert default.headers["content-type"] == table.headers["content-type"] == PARQUET
+    assert default.content == table.content
     frame = geopandas.read_parquet(io.BytesIO(table.content))
     assert frame["hectares"].tolist() == [f["properties"]["hectares"] for f in features]
     assert set(frame["class"]) <= set(CLASSES)
@@ -205,9 +207,11 @@ def test_a_job_holds_polygons(api: httpx.Client, stack: list[SourceFile]) -> Non
     result = api.get(f"/jobs/{job}/result")
     assert result.content == posted(api, stack, outputs="polygons").content
     one = api.get(f"/jobs/{job}/result/polygons")
-    assert one.headers["content-type"] == PARQUET
-    assert api.get(f"/jobs/{job}/result/polygons", headers={"Accept": GEOJSON}).content == (
-        result.content
+    assert one.headers["content-type"] == result.headers["content-type"] == PARQUET
+    assert one.content == result.content
+    text = {"Accept": GEOJSON}
+    assert api.get(f"/jobs/{job}/result/polygons", headers=text).content == (
+        posted(api, stack, text, outputs="polygons").content
     )
     assert api.get(f"/jobs/{job}/result/class").content[:2] == b"II"
 

@@ -61,7 +61,7 @@ def offers(request: TaskRequest) -> tuple[str, ...]:
     if request.fields is not None:
         return (GEOJSON, CSV, PARQUET)
     if request.outputs == (POLYGONS,):
-        return (GEOJSON, PARQUET, ZIP, JSON)
+        return (PARQUET, GEOJSON, ZIP, JSON)
     return (COG, ZIP, JSON)
 
 
