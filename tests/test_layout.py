@@ -500,6 +500,20 @@ def test_one_file_per_band_is_read_by_the_names_given(tmp_path: Path) -> None:
         with_names(files, *NEEDED, dates=(D1, D2, D3), layout="file-per-band")
 
 
+def unused(stack: Stack) -> str:
+    (warning,) = [warning for warning in stack.warnings if warning.code == "files_unused"]
+    return warning.detail
+
+
+def test_the_reason_why_a_bands_file_is_not_used_is_its_band(tmp_path: Path) -> None:
+    files = [one_band(tmp_path / f"{band}.tif", band) for band in ("B02", "B03", "B04", "B08")]
+    found = opened(files, dates=(D1, D2, D3))
+    assert unused(found).endswith("'B03.tif': the model does not take B03")
+    files = [one_band(tmp_path / f"{n}.tif", b) for n, b in enumerate(("B08", "x", "B02", "B04"))]
+    found = with_names(files, "B08", "B03", "B02", "B04", dates=(D1, D2, D3))
+    assert unused(found).endswith("'1.tif': the model does not take B03")
+
+
 def test_names_as_many_as_files_and_bands_are_assigned_by_the_files_names(tmp_path: Path) -> None:
     by_band = [
         one_band(tmp_path / f"{c}.tif", b)

@@ -174,7 +174,7 @@ def arrange(
     warnings += _assumed_order(layout, query, used)
     warnings += [*_dates_contradicted(query, slots), *_bands_contradicted(query)]
     warnings += _top_of_atmosphere(query, used) if dated else []
-    warnings += _unused(query, used, options)
+    warnings += _unused(query, used, layout, options)
     warnings += [_ESTIMATED] if estimated else _missing_mask(granules, rules)
     names = dict.fromkeys(str(r) for g in granules for r in g.masks if r is not ALPHA_RULE)
     if estimated:
@@ -419,12 +419,16 @@ def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[S
     return [StackWarning(code="bands_assumed", detail=detail)]
 
 
-def _unused(query: LayoutQuery, used: set[int], options: StackOptions) -> list[StackWarning]:
+def _unused(
+    query: LayoutQuery, used: set[int], layout: Layout, options: StackOptions
+) -> list[StackWarning]:
     """The warning that files are not used, by reason."""
     reasons: dict[str, list[str]] = defaultdict(list)
+    given = _given_names(query, layout)
     for file in query.files:
         if id(file.header) not in used:
-            reasons[_reason(file, query, options.mask)].append(file.name)
+            reason = _reason(file, query, given.get(id(file), ()), options.mask)
+            reasons[reason].append(file.name)
     for name, reason in options.left_out:
         reasons[reason].append(name)
     if not reasons:
@@ -445,9 +449,18 @@ def _unused(query: LayoutQuery, used: set[int], options: StackOptions) -> list[S
     return [StackWarning(code="files_unused", detail=detail)]
 
 
-def _reason(file: DescribedFile, query: LayoutQuery, mask: str | None) -> str:
-    bands = [band for band in file.bands if band and band != ALPHA]
-    if file.is_a_picture and file.name_band:
+def _given_names(query: LayoutQuery, layout: Layout) -> dict[int, tuple[str, ...]]:
+    """The bands that the caller named, by the id of their file."""
+    names = query.names or ()
+    if layout.startswith("file-per-band"):
+        pairs = zip(query.one_band_each, names, strict=False)
+        return {id(file): (name,) for file, name in pairs}
+    return {id(file): names for file in query.named}
+
+
+def _reason(file: DescribedFile, query: LayoutQuery, given: Sequence[str], mask: str | None) -> str:
+    bands = [*given] or [band for band in file.bands if band and band != ALPHA]
+    if not bands and file.name_band and query.is_left_out(file):
         return f"its {counted(file.count, 'band')} have neither a name nor a date"
     if not bands and file.name_band:
         bands = [file.name_band]

@@ -270,6 +270,19 @@ class LayoutQuery:
             return self.files
         return tuple(file for file in self.files if not file.is_mask)
 
+    @property
+    def one_band_each(self) -> tuple[DescribedFile, ...]:
+        """The files that `bands` names if it has one name per file."""
+        return self.files if len(self.names or ()) == len(self.files) else self.named
+
+    def is_left_out(self, file: DescribedFile) -> bool:
+        """Whether a file is a picture beside files of one band and date, such as an RGB image."""
+        return file.is_a_picture and self._has_single_bands
+
+    @cached_property
+    def _has_single_bands(self) -> bool:
+        return self.dates is None and any(file.own_band for file in self.files)
+
 
 def _alphas(file: DescribedFile) -> int:
     """1 if the last band is alpha, which is not imagery; else 0."""
@@ -447,7 +460,7 @@ def _bands_of_files(query: LayoutQuery) -> list[tuple[DescribedFile, str]]:
     """The one band of each file; files that name no band are left out."""
     found: list[tuple[DescribedFile, str]] = []
     if query.names:
-        named = query.files if len(query.names) == len(query.files) else query.named
+        named = query.one_band_each
         if len(query.names) != len(named):
             raise InvalidRequest.of(
                 "bands",
@@ -456,10 +469,8 @@ def _bands_of_files(query: LayoutQuery) -> list[tuple[DescribedFile, str]]:
             )
         found += zip(named, query.names, strict=True)
     taken = {id(file) for file, _ in found}
-    # Beside files of one band and date, such as an RGB picture of the scene classification.
-    singles = query.dates is None and any(file.own_band for file in query.files)
     for file in query.files:
-        if id(file) in taken or (singles and file.is_a_picture):
+        if id(file) in taken or query.is_left_out(file):
             continue
         bands = sorted({band for band in file.bands if band and band != ALPHA})
         if len(bands) > 1:
