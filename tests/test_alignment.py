@@ -89,6 +89,20 @@ def test_several_moved_images_are_counted(tmp_path: Path) -> None:
     assert "(2 dates do not lie as the others: 2021-03-05, 2021-07-05)" in detail
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_stripes_that_change_with_the_season_are_not_suspected(
+    tmp_path: Path, diagonal: bool
+) -> None:
+    """Three crops in stripes, green one after the other: many shifts would bring them together."""
+    rows, columns = np.mgrid[:48, :48] // 8
+    crop = (rows * diagonal + columns) % 3
+    images = []
+    for n in range(6):
+        green = np.roll([0.1, 0.5, 0.9], n % 3)[crop]
+        images.append(np.stack([0.1 - 0.05 * green, 0.2 - 0.16 * green, 0.2 + 0.25 * green]))
+    assert not said(stack_of(tmp_path, images))
+
+
 def test_parts_of_large_rasters_are_compared(tmp_path: Path) -> None:
     """A shift shows in every part; of many dates, each is compared where others are as well."""
     images = [land(0, 400) for _ in range(12)]
@@ -119,7 +133,8 @@ def test_the_best_shift_is_that_of_plain_correlations() -> None:
                     found.append(np.corrcoef(x[both], y[both])[0, 1])
             if len(found) == 2:
                 best = max(best, (float(np.mean(found)), down, right))
-    after, down, right = alignment._best_shift(other, one)
+    after, down, right, elsewhere = alignment._best_shift(other, one)
+    assert elsewhere < after
     assert (down, right) == best[1:] == (5, 7)
     assert after == pytest.approx(best[0], abs=1e-6)
 

@@ -38,6 +38,12 @@ _ALIKE = 0.65
 """Least correlation of a moved image with the median."""
 _MORE_ALIKE = 0.3
 """Least rise of the correlation by the move; a shift by one pixel is mostly below."""
+_DISTINCT = 0.1
+"""Least distance to the correlation by any other move, which periodic patterns do not have."""
+_APART = 3
+"""Shifts that differ by more than this are other ones, pixels."""
+_SAME_EDGES = 0.35
+"""Largest correlation of the edges in an image as it lies with those of the other dates."""
 _EXCHANGED = "with rows and columns exchanged"
 _MOVES: Mapping[str, Callable[[Floats], Floats]] = {
     "mirrored left to right": lambda one: one[..., ::-1],
@@ -102,16 +108,30 @@ def _moved(t: int, own: Floats, usual: Floats) -> Moved | None:
     if not before < 1 - _MORE_ALIKE:  # it cannot rise by enough, or too few pixels are compared
         return None
     square = own.shape[-1] == own.shape[-2]
-    best, how = before, ""
-    for name, move in _MOVES.items():
-        if (square or name != _EXCHANGED) and (after := _correlation(move(own), usual)) > best:
-            best, how = after, name
-    after, down, right = _best_shift(own, usual)
-    if after > best:
-        best, how = after, f"shifted by {_in_words(down, right)}"
-    if best < _ALIKE or best - before < _MORE_ALIKE:
+    found = [
+        (_correlation(move(own), usual), name)
+        for name, move in _MOVES.items()
+        if square or name != _EXCHANGED
+    ]
+    after, down, right, elsewhere = _best_shift(own, usual)
+    found.append((after, f"shifted by {_in_words(down, right)}"))
+    (best, how), (second, _) = sorted(found, reverse=True)[:2]
+    if how == found[-1][1]:
+        second = max(second, elsewhere)
+    # Rows of fields and stripes are alike after several moves, so that none of them is known.
+    if best < _ALIKE or best - before < _MORE_ALIKE or best - second < _DISTINCT:
+        return None
+    # Crops change what is bright, but not where fields end. A shift leaves the edges along it.
+    mirrored = how in _MOVES
+    if mirrored and _correlation(_edges(own), _edges(usual)) > _SAME_EDGES:
         return None
     return Moved(date=t, how=how, before=before, after=best)
+
+
+def _edges(image: Floats) -> Floats:
+    """How much each pixel (B, h, w) differs from the next ones down and right (B, h - 1, w - 1)."""
+    down, right = np.diff(image, axis=-2)[..., :-1], np.diff(image, axis=-1)[..., :-1, :]
+    return np.asarray(np.abs(down) + np.abs(right))
 
 
 def _of_near_dates(own: Floats, days: Sequence[int], k: int) -> Floats:
@@ -142,12 +162,13 @@ def _least(own: Floats) -> float:
     return float(max(_LEAST_PIXELS, _LEAST_SHARE * own.shape[-1] * own.shape[-2]))
 
 
-def _best_shift(own: Floats, usual: Floats) -> tuple[float, int, int]:
+def _best_shift(own: Floats, usual: Floats) -> tuple[float, int, int, float]:
     """The shift of an image (B, h, w) at which its correlation with another is highest.
 
     Returns:
-        The mean correlation over the bands, and the rows and columns by which the image lies
-        farther down and right than the other, -8 to 8.
+        The mean correlation over the bands; the rows and columns by which the image lies farther
+        down and right than the other, -8 to 8; and the highest correlation at a shift that is more
+        than three pixels from this one.
     """
     shape = tuple(length + _MOST_SHIFT for length in own.shape[-2:])
 
@@ -174,7 +195,11 @@ def _best_shift(own: Floats, usual: Floats) -> tuple[float, int, int]:
     near = np.arange(-_MOST_SHIFT, _MOST_SHIFT + 1)
     at = found[np.ix_(near, near)]
     down, right = np.unravel_index(int(at.argmax()), at.shape)
-    return float(at.max()), int(near[down]), int(near[right])
+    far = np.maximum.outer(
+        np.abs(np.arange(len(near)) - down), np.abs(np.arange(len(near)) - right)
+    )
+    elsewhere = float(at[far > _APART].max())
+    return float(at.max()), int(near[down]), int(near[right]), elsewhere
 
 
 def _in_words(down: int, right: int) -> str:
