@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rasterio.windows import Window
 
-from service.errors import InvalidRequest
+from service.errors import GridMismatch, InvalidRequest, NoGeoreference
 from service.read import masks
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
@@ -171,6 +171,30 @@ def valid(stack: Stack) -> list[list[bool]]:
 
 
 SEEN = [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "why"),
+    [
+        ({}, InvalidRequest, "1 of 2 observations have the band SCL"),
+        ({"crs": "EPSG:32632"}, GridMismatch, "its CRS is EPSG:32632"),
+        ({"crs": None}, NoGeoreference, "has no CRS"),
+    ],
+)
+def test_a_file_from_elsewhere_is_rejected_for_its_place_and_not_for_its_mask(
+    tmp_path: Path, how: dict[str, object], error: type[Exception], why: str
+) -> None:
+    pixels = np.full((4, 2, 2), 1000, np.uint16)
+    pixels[3] = 4
+    names = (*NEEDED, "SCL")
+    files = [
+        write(tmp_path / "20210105.tif", pixels, descriptions=names),
+        write(tmp_path / "20210115.tif", pixels[:3], descriptions=NEEDED, **how),
+    ]
+    with pytest.raises(error, match=why):
+        opened(files)
+    with pytest.raises(error, match=why):
+        opened(files, mask="scl")
 
 
 @pytest.mark.parametrize(

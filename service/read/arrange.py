@@ -120,6 +120,7 @@ def arrange(
     bands: Sequence[str],
     optional: Sequence[str] = (),
     dated: bool,
+    check_place: Callable[[Sequence[Header]], object] = lambda _: None,
 ) -> Arrangement:
     """Determine the bands, dates and cloud masks of the files.
 
@@ -129,6 +130,9 @@ def arrange(
         bands: the needed bands, by canonical name.
         optional: further bands, used if every date has them.
         dated: whether every observation needs a date.
+        check_place: raises the error of files that do not lie together. It is called with the files
+            of the needed bands if some of them lack the cloud mask of the others, because a file
+            from another place often lacks it as well.
 
     Raises:
         InvalidRequest: the options and the files contradict each other.
@@ -164,7 +168,12 @@ def arrange(
         layout = "file-per-band-and-date"
     granules = _granules(_surface_first(_finest(_with_bands(slots, query)), query), dated=dated)
     _check_complete(granules, query.needed)
-    granules = _masked(granules, rules)
+    try:
+        granules = _masked(granules, rules)
+    except InvalidRequest:
+        planes = [granule.planes[band] for granule in granules for band in query.needed]
+        check_place(list({id(header): header for header, _ in planes}.values()))
+        raise
     found = [b for b in optional if all(b in granule.planes for granule in granules)]
     used = {
         id(granule.planes[band][0])

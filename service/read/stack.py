@@ -298,8 +298,21 @@ def open_stack(
         if sensor
     }
     headers = [in_sentinel_2_terms(header, by_file.get(header.source)) for header in headers]
+    place = Place(grid=options.grid, bbox=options.bbox, area=options.area)
+
+    def check_place(needed: Sequence[Header]) -> None:
+        with gdal_options():
+            place_files(needed, headers, place)
+
     try:
-        arranged = arrange(headers, options, bands=bands, optional=optional, dated=dated)
+        arranged = arrange(
+            headers,
+            options,
+            bands=bands,
+            optional=optional,
+            dated=dated,
+            check_place=check_place,
+        )
     except MissingDates as error:
         if not opened.unused_dates:
             raise
@@ -307,7 +320,6 @@ def open_stack(
         raise MissingDates(f"{error.detail} ('{name}' is not used: {why})") from error
     bands = arranged.bands
     with gdal_options():
-        place = Place(grid=options.grid, bbox=options.bbox, area=options.area)
         placed = place_files(arranged.used, headers, place)
     grid = placed.grid
     positions = {
