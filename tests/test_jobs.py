@@ -184,7 +184,15 @@ def test_each_output_has_its_own_url(api: httpx.Client, files: Files) -> None:
             assert response.content == archive.read(f"{output}.tif")
             part = api.get(f"/jobs/{job}/result/{output}", headers={"Range": "bytes=0-3"})
             assert (part.status_code, part.content) == (206, response.content[:4])
-    for strange in ("entropy", "reply.json", "..%2Freply.json", "class.tif"):
+        for name in ("class.qml", "confidence.qml", "class.tif.aux.xml"):
+            response = api.get(f"/jobs/{job}/result/{name}")
+            assert response.headers["content-type"] == "application/xml"
+            assert f'filename="{name}"' in response.headers["content-disposition"]
+            assert response.content == archive.read(name)
+    for strange in (
+        "entropy", "reply.json", "..%2Freply.json", "class.tif", "entropy.qml", ".qml",
+        "confidence.tif.aux.xml",
+    ):  # fmt: skip
         problem_of(api.get(f"/jobs/{job}/result/{strange}"), "not_found", 404)
 
 

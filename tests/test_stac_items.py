@@ -216,6 +216,11 @@ def test_jobs_are_listed_as_items(api: httpx.Client, stack: list[SourceFile]) ->
     check_collection(listed)
     assert item["assets"]["class"]["href"] == f"/jobs/{name}/result/class"
     assert api.get(item["assets"]["class"]["href"]).content[:2] == b"II"
+    for asset in item["assets"].values():
+        if asset["href"].startswith("/"):
+            kept = api.get(asset["href"])
+            assert (kept.status_code, kept.headers["content-type"]) == (200, asset["type"])
+    assert {"class-style", "class-names"} <= set(item["assets"])
     single = api.get(f"/jobs/{name}/result/item.json")
     assert single.json() == item
     assert api.get(f"/jobs/{other}/result/item.json").json()["code"] == "not_found"

@@ -522,6 +522,8 @@ def test_replicas_answer_for_each_others_jobs(zoo: Path, small: Files, bucket: B
         assert (beyond.status_code, beyond.json()["code"]) == (416, "invalid_range")
         known = one.get(path, headers={"If-None-Match": whole.headers["etag"]})
         assert known.status_code == 304
+        style = other.get(f"/jobs/{job}/result/class.qml")
+        assert (style.status_code, style.content[:9]) == (200, b"<!DOCTYPE"), style.content[:99]
         item = other.get(f"/jobs/{job}/result/item.json").json()
         assert item["type"] == "Feature"
         items = one.get("/jobs", headers={"Accept": "application/geo+json"}).json()

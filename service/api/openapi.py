@@ -242,12 +242,13 @@ RESULT: Mapping[int | str, dict[str, Any]] = {
 """`responses` of a job's result."""
 FILE: Mapping[int | str, dict[str, Any]] = {
     200: {
-        "description": "The raster, or the polygons",
+        "description": "The raster, the polygons, or a file beside the raster",
         "headers": _described(_HEADERS),
         "content": {
             COG: _BINARY,
             PARQUET: _BINARY,
             GEOJSON: {"schema": _ref(PointsResponse)},
+            "application/xml": _BINARY,
         },
     },
     **problems((*_RESULT_ERRORS, "not_found")),

@@ -39,10 +39,12 @@ from service.api.responses import (
     on_this_machine,
     stored_response,
     whole_file,
+    with_raster_headers,
     write_geojson,
 )
 from service.api.results import links_to
 from service.api.schemas import CallbackSecret, JobInfo, JobList, Link, interval, listed
+from service.api.sending import StoredFile
 from service.errors import InvalidRequest, NotFound, ResultNotReady, shown
 from service.infer.smooth import MAX_RADIUS
 from service.jobs.callbacks import caller_secret, secret_text
@@ -52,10 +54,13 @@ from service.jobs.storage import RemoteFile
 from service.jobs.store import Job, JobFilter, JobStatus, JobStore, removed
 from service.run.derive import Cleaning, check_derivable, derivation_need, derive_map
 from service.run.request import RasterRequest
+from service.write.legend import SIDECAR, sidecar_of, style_of
 from service.write.predictions import POLYGONS
 from service.write.stac_item import ITEM
 
 _RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
+_BESIDE = {".qml": style_of, f".tif{SIDECAR}": sidecar_of}
+"""Files beside a raster, by what follows the output's name."""
 _MANY = 1000
 _ITEMS_AT_ONCE = 8
 """Items that are read at once for a list: each takes two requests if they are in a bucket."""
@@ -248,7 +253,7 @@ def _items(app: AppState, jobs: Sequence[Job], here: str) -> list[dict[str, Any]
 
 
 def _linked_item(result: StoredResult, here: str) -> dict[str, Any] | None:
-    """The STAC Item of a job with links to its rasters; None if the job has no item."""
+    """The STAC Item of a job with links to its files; None if the job has no item."""
     raster = next(iter(result.files.values()), None)
     if raster is None:
         return None
@@ -256,11 +261,11 @@ def _linked_item(result: StoredResult, here: str) -> dict[str, Any] | None:
         item: dict[str, Any] = json.loads(raster.with_name(ITEM).read_bytes())
     except FileNotFoundError:
         return None
-    for name, asset in list(item["assets"].items()):
+    for name, asset in item["assets"].items():
         if name in result.files:
             asset["href"] = f"{here}/result/{name}"
         elif asset["href"].startswith("./"):
-            del item["assets"][name]  # a file that only the zip holds
+            asset["href"] = f"{here}/result/{asset['href'].removeprefix('./')}"
     item["links"] = [
         {"rel": "alternate", "href": f"{here}/result/item.json", "type": GEOJSON},
         {"rel": "via", "href": here, "type": "application/json", "title": "the job"},
@@ -301,7 +306,8 @@ async def read_output(
 ) -> Response:
     """One output of a job's result; `smooth` and `min_area` derive a cleaner class map.
 
-    `polygons` is derived as well if the job has only the class map.
+    `polygons` is derived as well if the job has only the class map. `class.qml` is the QGIS style
+    of `class`, and `class.tif.aux.xml` has the names of its classes for GDAL.
     """
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
@@ -319,6 +325,11 @@ async def read_output(
         slot = app.admission.runs.slot(share_of(caller, request.scope))
         path = await run_watched(request, derive, slot=slot)
         return derived_file(path, output, media, result, missing=removed(job))
+    if beside := await to_thread.run_sync(_beside, result, output, limiter=app.downloads.readers):
+        response = StoredFile(
+            beside, media_type="application/xml", filename=output, missing=removed(job)
+        )
+        return with_raster_headers(response, result)
     if output not in result.files:
         available = ", ".join(result.files) or "none, as the result is not a raster"
         raise NotFound(f"job {job.id} has no output '{shown(output)}'; available: {available}")
@@ -329,6 +340,16 @@ async def read_output(
         make = partial(stored_response, app.jobs, job, result, media, app.reserve)
         return await app.downloads.made(share_of(caller, request.scope), make)
     return whole_file(result, output, missing=removed(job))
+
+
+def _beside(result: StoredResult, name: str) -> Path | RemoteFile | None:
+    """The QGIS style (`class.qml`) or the class names (`class.tif.aux.xml`) of a raster."""
+    for suffix, of in _BESIDE.items():
+        raster = result.files.get(name.removesuffix(suffix)) if name.endswith(suffix) else None
+        if raster is not None:
+            file = raster.with_name(of(Path(raster.name)).name)
+            return file if file.exists() else None
+    return None
 
 
 def _only_of_maps(parameter: str) -> InvalidRequest:
