@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sqlite3
@@ -18,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
+from service.api.dependencies import SharedText
 from service.api.middleware import stage_times, trace_id
 from service.api.routes import health, tasks
 from service.jobs.store import JobStore
@@ -273,6 +275,39 @@ def test_sweeps_are_counted(zoo: Path) -> None:
             swept.clear()
             assert swept.wait(PATIENCE)
         assert sample(api, "pimc_sweeps_total", outcome="done") >= 1
+
+
+# Scrapes --------------------------------------------------------------------------------------
+
+
+def test_requests_for_metrics_share_a_text_that_is_made_after_the_last_of_them() -> None:
+    events: list[str] = []
+
+    def make() -> bytes:
+        events.append("made")
+        return str(len(events)).encode()
+
+    async def ask(text: SharedText) -> int:
+        events.append("asked")
+        asked = len(events)
+        found = int(await text.latest())
+        assert events[found - 1] == "made"
+        assert found > asked
+        return found
+
+    async def ask_at_once() -> list[int]:
+        text = SharedText(make, interval=0.01, burst=20)
+        found = await asyncio.gather(*(ask(text) for _ in range(300)))
+        # One that leaves takes nothing from those that wait with it.
+        leaving, staying = (asyncio.create_task(ask(text)) for _ in range(2))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        return [*found, await staying]
+
+    found = asyncio.run(ask_at_once())
+    assert events.count("made") == 20 + 1 + 1
+    assert len(set(found[:20])) == 20
+    assert len(set(found[20:300])) == 1
 
 
 # Private --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from models.registry import ZOO
 from service.api.admission import Admission
 from service.api.auth import ApiKeys, Refusals
-from service.api.dependencies import AppState
+from service.api.dependencies import AppState, SharedText
 from service.api.middleware import (
     HeadMiddleware,
     LingeringCloseMiddleware,
@@ -200,6 +200,7 @@ def create_app(
                 ),
                 quotas=Quotas(allowances, store, admission),
                 metrics=metrics,
+                scrapes=SharedText(metrics.text),
                 keys=keys,
                 refusals=Refusals(metrics.key_refused),
                 jobs=store,

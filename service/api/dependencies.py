@@ -1,6 +1,7 @@
 """Application state and per-request resources, as FastAPI dependencies."""
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import asyncio
 import shutil
 import tempfile
 import threading
@@ -44,6 +45,46 @@ from service.settings import Settings
 from service.telemetry import Metrics
 
 
+class SharedText:
+    """A text that is made anew when it is asked for, but only so often.
+
+    Making it takes the event loop, and anyone may ask for it. Beyond a rate (GCRA: a burst, then
+    one per interval), all requests that wait share the next text; it is made after the last of them
+    came, so that no response is out of date.
+
+    Args:
+        make: makes the text.
+        interval: seconds between two texts, beyond the burst.
+        burst: number of texts that may follow each other at once.
+    """
+
+    def __init__(
+        self, make: Callable[[], bytes], *, interval: float = 0.1, burst: int = 20
+    ) -> None:
+        self._make = make
+        self._interval = interval
+        self._burst = burst
+        self._due = 0.0
+        self._next: asyncio.Task[bytes] | None = None
+
+    async def latest(self) -> bytes:
+        """The text as of now or later."""
+        if self._next is None:
+            now = asyncio.get_running_loop().time()
+            self._due = max(self._due, now) + self._interval
+            early = self._due - now - self._burst * self._interval
+            if early <= 0:
+                return self._make()
+            self._next = asyncio.create_task(self._later(early))
+        # A client that leaves does not cancel the text of the others.
+        return await asyncio.shield(self._next)
+
+    async def _later(self, seconds: float) -> bytes:
+        await asyncio.sleep(seconds)
+        self._next = None
+        return self._make()
+
+
 @dataclass(frozen=True, kw_only=True)
 class AppState:
     """Application state, created by the lifespan as `app.state.pimc`."""
@@ -54,6 +95,8 @@ class AppState:
     downloads: Downloads
     quotas: Quotas
     metrics: Metrics
+    scrapes: SharedText
+    """The metrics as text."""
     keys: ApiKeys
     refusals: Refusals
     jobs: JobStore

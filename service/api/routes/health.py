@@ -111,7 +111,7 @@ def _busy(held: int, slots: int) -> list[str]:
 )
 async def metrics(app: App) -> Response:
     """Metrics in the Prometheus text format."""
-    return Response(app.metrics.text(), media_type=METRICS_MEDIA_TYPE)
+    return Response(await app.scrapes.latest(), media_type=METRICS_MEDIA_TYPE)
 
 
 def _served(engine: Engine, task: Task, modality: Modality) -> bool:
