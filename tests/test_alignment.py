@@ -81,6 +81,16 @@ def test_one_image_that_is_moved_is_named(
     assert not said(stack_of(tmp_path, images)[:4])  # too few to compare with
 
 
+def test_an_area_whose_mirror_image_does_not_overlap_it_is_not_suspected() -> None:
+    """Images that share too few pixels once they are moved have no correlation."""
+    rng = np.random.default_rng(5)
+    pictures = rng.normal(0.2, 0.05, (6, 3, 64, 64)).astype(np.float32)  # nothing is alike
+    rows, columns = np.mgrid[:64, :64]
+    pictures[:, :, rows > columns - 16] = np.nan
+    assert np.isfinite(pictures[0, 0]).sum() > 64 * 64 / 4
+    assert alignment.find_moved(pictures, [10 * t for t in range(6)]) == []
+
+
 def test_several_moved_images_are_counted(tmp_path: Path) -> None:
     images = [land(0) for _ in range(9)]
     for n in (2, 6):

@@ -109,7 +109,8 @@ def _moved(t: int, own: Floats, usual: Floats) -> Moved | None:
         return None
     square = own.shape[-1] == own.shape[-2]
     found = [
-        (_correlation(move(own), usual), name)
+        # -1 where moved images share too few pixels, as in a narrow area: NaN has no order.
+        (np.nan_to_num(_correlation(move(own), usual), nan=-1.0), name)
         for name, move in _MOVES.items()
         if square or name != _EXCHANGED
     ]
@@ -123,7 +124,7 @@ def _moved(t: int, own: Floats, usual: Floats) -> Moved | None:
         return None
     # Crops change what is bright, but not where fields end. A shift leaves the edges along it.
     mirrored = how in _MOVES
-    if mirrored and _correlation(_edges(own), _edges(usual)) > _SAME_EDGES:
+    if mirrored and not _correlation(_edges(own), _edges(usual)) <= _SAME_EDGES:
         return None
     return Moved(date=t, how=how, before=before, after=best)
 
