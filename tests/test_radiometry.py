@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import date
+from itertools import product
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import pytest
 import rasterio
+from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from service.api.schemas import RasterForm
@@ -483,9 +485,11 @@ def test_a_stack_of_one_side_is_judged_by_itself(tmp_path: Path, side: Sequence[
     assert offsets(plain) == [0] * 3
 
 
-def land(path: Path, *, seed: int = 0, add: float = 0.0, contrast: float = 1.0) -> SourceFile:
+def land(
+    path: Path, *, seed: int = 0, add: float = 0.0, contrast: float = 1.0, side: int = 20
+) -> SourceFile:
     """A landscape under a sky: `add` to all of it, and its contrast."""
-    pattern = np.random.default_rng(seed).uniform(0.5, 1.5, (3, 20, 20))
+    pattern = np.random.default_rng(seed).uniform(0.5, 1.5, (3, side, side))
     values = np.array([0.04, 0.06, 0.3])[:, None, None] * (1 + contrast * (pattern - 1)) + add
     noise = np.random.default_rng(int(path.stem)).normal(0, 0.002, values.shape)
     return write(path, ((values + noise) * 10_000).astype(np.uint16), descriptions=BANDS)
@@ -503,6 +507,29 @@ def test_single_dates_with_the_offset_are_told_by_the_others(
     assert warning.code == "offset_applied"
     assert "blue and red lie 0.1 above those of other dates" in warning.detail
     assert offsets(stack) == [-0.1 if n in with_offset else 0 for n in range(6)]
+
+
+def test_single_dates_of_few_pixels_are_only_named(tmp_path: Path) -> None:
+    """Haze over a few fields is as even as the offset."""
+    days = [tmp_path / f"2021{n + 4:02d}05.tif" for n in range(6)]
+    stack = opened([land(day, add=0.1 * (n == 3), side=19) for n, day in enumerate(days)])
+    assert codes(stack) == ["baseline_offset_suspected"]
+    assert offsets(stack) == [0] * 6
+
+
+def test_no_offset_is_applied_to_parts_of_flanders(shared_data: Path) -> None:
+    paths = sorted((shared_data / "flanders_2017_2018").glob("S2_L2A_2018*.tif"))
+    files = [SourceFile(path=path, name=path.name) for path in paths]
+    bands = ("B02", "B04", "B08")
+    with rasterio.open(paths[0]) as file:
+        grid = file.transform
+    for row, column in product((2, 13, 22, 33, 42), repeat=2):
+        west, north = grid @ (column + 0.2, row + 0.2)
+        east, south = grid @ (column + 19.8, row + 19.8)
+        box = transform_bounds("EPSG:32631", "EPSG:4326", west, south, east, north)
+        options = StackOptions(bbox=box)
+        stack = open_stack(files, options, bands=bands, max_bytes=2**30)
+        assert set(offsets(stack)) == {0}, (row, column)
 
 
 @pytest.mark.parametrize("how", [{"contrast": 0.3}, {"seed": 1}])

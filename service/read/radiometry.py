@@ -83,6 +83,9 @@ _SHARE_OF_RAISED = 0.3
 _BRIGHT_IN_ITSELF = 0.3
 _STATEMENTS = ("the tag", "processing baseline")
 """Beginnings of the sources by which a file states that its values hold no offset."""
+# Haze over a few fields is as even as the offset. Of parts of a stack without it, dates of up to
+# 210 clear pixels were taken for dates with it (docs/decisions/offset-by-pixels.md).
+_ENOUGH_TO_APPLY = 400
 _MANY_DATES = 3
 _MANY_PIXELS = 10_000
 _LARGEST_UINT8 = 255
@@ -616,7 +619,11 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             sample = sample.corrected(side, _with_offset(source))
             continue
         others = [t for t in known if t not in low]
-        probable = [t for t in others if above[t] <= _OFFSET_TOLERANCE]
+        probable = [
+            t
+            for t in others
+            if above[t] <= _OFFSET_TOLERANCE and sample.valid[t].sum() >= _ENOUGH_TO_APPLY
+        ]
         with_offset = _above_others(sample, without, probable)
         if with_offset:  # some of the other dates may have the offset as well
             source = "the pixels: blue and red lie 0.1 above those of other dates"
