@@ -418,8 +418,9 @@ def test_a_worker_refuses_another_bundle_of_the_same_name(
 def test_a_model_in_another_precision_is_another_model(run: RasterRun) -> None:
     reference = ModelReference.of(run.model)
     assert reference.same(ModelReference.of(run.model))
+    # A CPU with int8 instructions has loaded int8.
     for change in (
-        {"variant": "int8"},
+        {"variant": "float32" if reference.variant == "int8" else "int8"},
         {"variant_sha256": "0" * 64},
         {"provider": "CUDAExecutionProvider"},
     ):

@@ -68,10 +68,11 @@ def test_a_short_job_begins_while_another_caller_has_four_long_ones(
         assert waited(api, short)["status"] == "successful"
         # The gate holds each run of a long job, so none of them has ended.
         assert "successful" not in statuses(backend)[:LONG]
-        # The first goes on after what it has kept, under another lease.
-        assert soon(lambda: 2 in kept(backend).values())
+        # The first goes on after what it has kept, under a later lease: not always the next one,
+        # because a busy store also puts a job back.
+        held = max(before.values())
+        assert soon(lambda: max(kept(backend).values()) > held)
         now = kept(backend)
-        assert set(before.values()) == {1}
         assert {number: now[number] for number in before} == before
         gate.open()
         api.headers.update(ANNA)
