@@ -215,7 +215,7 @@ def run_arms(folders: Sequence[Path]) -> list[Arm]:
 
 def _row_name(folders: Sequence[Path]) -> str:
     name = folders[0].name
-    return name if len(folders) == 1 else re.sub(r"[-_. ]*(s|seed)?[-_. ]*\d+$", "", name) or name
+    return name if len(folders) == 1 else re.sub(r"([-_. ]+(s|seed))?[-_. ]*\d+$", "", name) or name
 
 
 def monthly(region: Region) -> NDArray[np.float64]:

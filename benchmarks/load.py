@@ -651,10 +651,16 @@ def run(
             own = [replace(kind, key=key) for kind in kinds]
             sent = (service, own, own[seed::callers], tally, over, seed)
             threads.append(threading.Thread(target=_caller, args=sent))
-        threads += [
-            threading.Thread(target=OTHERS[name], args=(service, over, others[name]))
+        strangers = {
+            name: threading.Thread(target=OTHERS[name], args=(service, over, others[name]))
             for name in beside
-        ]
+        }
+        if "unread" in strangers:
+            # Its one job comes first: the others use up what their common key may use.
+            strangers["unread"].start()
+            while strangers["unread"].is_alive() and not others["unread"]:
+                time.sleep(0.1)
+        threads += [thread for name, thread in strangers.items() if name != "unread"]
         with Sampler(take=service.resident) as resident:
             for thread in threads:
                 thread.start()
@@ -668,7 +674,7 @@ def run(
         here.send("stop")
         probes = here.recv()
         probe.join()
-        for thread in threads:
+        for thread in (*threads, *strangers.values()):
             thread.join()
         running = _settle(service)
         if isinstance(probes, str):
