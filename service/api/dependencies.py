@@ -46,11 +46,11 @@ from service.telemetry import Metrics
 
 
 class SharedText:
-    """A text that is made anew when it is asked for, but only so often.
+    """A text that is made for each request, up to a rate.
 
-    Making it takes the event loop, and anyone may ask for it. Beyond a rate (GCRA: a burst, then
-    one per interval), all requests that wait share the next text; it is made after the last of them
-    came, so that no response is out of date.
+    Making it takes the event loop, and anyone may request it. Beyond the rate (GCRA: a burst, then
+    one text per interval), requests wait and share the next text. It is made after the last of them
+    arrived, so that no response is out of date.
 
     Args:
         make: makes the text.

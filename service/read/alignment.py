@@ -13,7 +13,6 @@ Padfield, "Masked object registration in the Fourier domain", IEEE Transactions 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,9 +137,17 @@ def _edges(image: Floats) -> Floats:
 def _of_near_dates(own: Floats, days: Sequence[int], k: int) -> Floats:
     """The median (B, h, w) of the dates nearest in time to a date, without itself."""
     near = sorted((abs(days[n] - days[k]), n) for n in range(len(days)) if n != k)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # pixels that no date has
-        return np.asarray(np.nanmedian(own[[n for _, n in near[:_NEAR]]], axis=0))
+    return median_of_dates(own[[n for _, n in near[:_NEAR]]])
+
+
+def median_of_dates(values: Floats) -> Floats:
+    """The median (…) over the dates of values (T, …) that are not NaN; NaN where there is none."""
+    # NaN is sorted last. NumPy's nanmedian is several times slower along a short axis.
+    ordered = np.sort(values, axis=0)
+    count = (~np.isnan(values)).sum(axis=0)[None]
+    low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=0)
+    high = np.take_along_axis(ordered, count // 2, axis=0)
+    return np.asarray((low + high)[0] / 2)
 
 
 def _correlation(own: Floats, usual: Floats) -> float:

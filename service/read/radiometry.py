@@ -180,6 +180,14 @@ class _Sample:
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(self.stored * scale[:, :, None] + offset[:, :, None])
 
+    def by_place(self) -> list[list[tuple[int, int]]]:
+        """For each place in order: its dates, each with the place's number on that date."""
+        found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for t, places in enumerate(self.places):
+            for k, place in enumerate(places):
+                found[place].append((t, k))
+        return [found[place] for place in sorted(found)]
+
     def picture(self, t: int, k: int) -> Floats:
         """Reflectance (B, h, w) of one of the pictures of a date."""
         planes = [self.planes[t][c] for c in self.compared]
@@ -435,19 +443,16 @@ def _fill(sample: _Sample) -> _Corrected:
         t for t in range(len(sample.planes)) if not in_use[t] and (fills[t] or not tagged[t])
     ]
     sample = sample.corrected(changed, lambda p: replace(p, nodata=native))
-    gone = (sample.stored == number).any(axis=1)
-    gone[[t for t in range(len(gone)) if t not in changed]] = False
+    gone = np.zeros(sample.valid.shape, np.bool_)
+    gone[changed] = (sample.stored[changed] == number).any(axis=1)
     sample = replace(
         sample,
         stored=np.where(gone[:, None], np.float32(np.nan), sample.stored),
         valid=sample.valid & ~gone,
     )
-    other = any(tagged[t] for t in ts)
-    tag = (
-        "the nodata tag names another number, which is not in use"
-        if other
-        else ("no nodata tag names it")
-    )
+    tag = "no nodata tag names it"
+    if any(tagged[t] for t in ts):
+        tag = "the nodata tag names another number, which is not in use"
     detail = (
         f"{filled}{tag}, so these pixels count as missing: record the number with "
         f"`gdal_edit.py -a_nodata {number:g} FILE`"
@@ -781,7 +786,7 @@ def _ndvi_left(sample: _Sample, without: Sequence[int]) -> NDArray[np.float64]:
         seen = ~np.isnan(aligned[:, 0]).all(axis=0) if near else np.zeros(0, np.bool_)
         if seen.sum() < _ALIKE_PIXELS:
             continue
-        x, y = np.nanmedian(aligned[:, :, seen], axis=0), values[t][:, seen]
+        x, y = alignment.median_of_dates(aligned[:, :, seen]), values[t][:, seen]
         with np.errstate(divide="ignore", invalid="ignore"):
             before, after = (
                 np.nanmedian(np.abs(ndvi(one) - ndvi(x))) for one in (y, y + BASELINE_OFFSET)
@@ -1273,15 +1278,13 @@ def _moved(stack: Stack, sample: _Sample) -> Iterator[StackWarning]:
     """The warning that images are mirrored, turned or shifted relative to those of other dates."""
     days = _day_numbers(sample)
     found: dict[int, alignment.Moved] = {}
-    for place in sorted({place for places in sample.places for place in places}):
-        at = [(t, own.index(place)) for t, own in enumerate(sample.places) if place in own]
+    for at in sample.by_place():
         if len(at) < alignment.FEWEST_DATES:
             continue
         pictures = np.stack([sample.picture(t, k) for t, k in at])
         if stack.mask == "none" or stack.cloud_bands is not None:  # clouds are still in them
-            pictures[clouds.brightened(pictures[:, 0])[:, None].repeat(pictures.shape[1], 1)] = (
-                np.nan
-            )
+            bright = clouds.brightened(pictures[:, 0])
+            pictures = np.where(bright[:, None], np.float32(np.nan), pictures)
         for moved in alignment.find_moved(pictures, [days[t] for t, _ in at]):
             found.setdefault(at[moved.date][0], moved)
     if found:
@@ -1319,13 +1322,8 @@ def _bright_as_clouds(sample: _Sample, blue: Floats) -> NDArray[np.bool_]:
     """`clouds.brightened` (T, N), each place by the dates on which it was sampled."""
     found = np.zeros(blue.shape, np.bool_)
     length = blue.shape[1] // len(sample.places[0])
-    for place in sorted({place for places in sample.places for place in places}):
-        parts = [
-            (t, slice(k * length, (k + 1) * length))
-            for t, places in enumerate(sample.places)
-            for k, own in enumerate(places)
-            if own == place
-        ]
+    for at in sample.by_place():
+        parts = [(t, slice(k * length, (k + 1) * length)) for t, k in at]
         series = clouds.brightened(np.stack([blue[part] for part in parts]))
         for part, own in zip(parts, series, strict=True):
             found[part] = own
