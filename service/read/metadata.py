@@ -237,7 +237,10 @@ def _document(file: SourceFile) -> dict[str, Any]:
 
 
 def _collections(files: Sequence[SourceFile]) -> dict[str, Mapping[str, Any]]:
-    """The STAC Collections with `item_assets` among the files, by their id; at most a few."""
+    """The STAC Collections with `item_assets` among the files, by their id; at most a few.
+
+    The other documents are parsed again afterwards, so that only one is in memory at a time.
+    """
     found: dict[str, Mapping[str, Any]] = {}
     for file in files:
         if len(found) == _MOST_COLLECTIONS:
