@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
 import logging.config
 import re
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -219,6 +221,15 @@ def test_the_servers_own_log_is_json_too() -> None:
     logging.config.DictConfigurator(config)  # what dictConfig would refuse, this refuses
 
 
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    """No garbage is collected, which the metrics would count."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collections")
 def test_the_text_of_the_metrics_is_that_of_the_library() -> None:
     metrics = Metrics(per_key=True)
     strange = 'a "name" \\ of\ntwo lines'
