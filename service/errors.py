@@ -7,6 +7,7 @@
     PIMCError
     ├── RequestError
     │   ├── InvalidRequest                   a parameter fails validation
+    │   │   └── MaskNotInAllFiles            some dates lack a cloud mask (`service.read.arrange`)
     │   ├── WrongTask                        the named model serves another task
     │   ├── UnsupportedMedia, NotAcceptable  a body or response of an unsupported type
     │   ├── Unauthorized
@@ -41,7 +42,7 @@ import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 MOST_ERRORS = 20
 """Largest number of parameters that one error lists."""
@@ -107,7 +108,7 @@ class InvalidRequest(RequestError):
         )
 
     @classmethod
-    def of(cls, field: str, detail: str) -> InvalidRequest:
+    def of(cls, field: str, detail: str) -> Self:
         """The error of one parameter.
 
         Args:

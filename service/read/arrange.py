@@ -113,6 +113,13 @@ _READERS: Mapping[Layout, Callable[[LayoutQuery], list[BandAssignment]]] = {
 }
 
 
+class MaskNotInAllFiles(InvalidRequest):
+    """Some dates have a cloud mask that others lack."""
+
+    files: tuple[Header, ...] = ()
+    """Headers of the files of the needed bands."""
+
+
 def arrange(
     headers: Sequence[Header],
     options: StackOptions,
@@ -120,7 +127,6 @@ def arrange(
     bands: Sequence[str],
     optional: Sequence[str] = (),
     dated: bool,
-    check_place: Callable[[Sequence[Header]], object] = lambda _: None,
 ) -> Arrangement:
     """Determine the bands, dates and cloud masks of the files.
 
@@ -130,12 +136,10 @@ def arrange(
         bands: the needed bands, by canonical name.
         optional: further bands, used if every date has them.
         dated: whether every observation needs a date.
-        check_place: raises the error of files that do not lie together. It is called with the files
-            of the needed bands if some of them lack the cloud mask of the others, because a file
-            from another place often lacks it as well.
 
     Raises:
         InvalidRequest: the options and the files contradict each other.
+        MaskNotInAllFiles: some dates lack the cloud mask of the others.
         MissingBands: a needed band is missing, or missing on some date.
         MissingDates: a file or band has no date, or there are fewer dates than files.
     """
@@ -168,12 +172,7 @@ def arrange(
         layout = "file-per-band-and-date"
     granules = _granules(_surface_first(_finest(_with_bands(slots, query)), query), dated=dated)
     _check_complete(granules, query.needed)
-    try:
-        granules = _masked(granules, rules)
-    except InvalidRequest:
-        planes = [granule.planes[band] for granule in granules for band in query.needed]
-        check_place(list({id(header): header for header, _ in planes}.values()))
-        raise
+    granules = _masked(granules, rules, query.needed)
     found = [b for b in optional if all(b in granule.planes for granule in granules)]
     used = {
         id(granule.planes[band][0])
@@ -790,11 +789,13 @@ def _check_complete(granules: Sequence[Granule], needed: Sequence[str]) -> None:
             )
 
 
-def _masked(granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None) -> tuple[Granule, ...]:
+def _masked(
+    granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None, bands: Sequence[str]
+) -> tuple[Granule, ...]:
     """The granules with their cloud masks; every granule has a mask, or none has.
 
     Raises:
-        InvalidRequest: only some granules have the mask.
+        MaskNotInAllFiles: only some granules have the mask.
     """
     found = [
         _automatic(granule)
@@ -809,12 +810,15 @@ def _masked(granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None) -> 
         header, _ = next(iter(granules[at].planes.values()))
         needed = rules or next(own for own in found if own)
         lacking = " and ".join(rule.band for rule in needed if rule not in found[at])
-        raise InvalidRequest.of(
+        error = MaskNotInAllFiles.of(
             "mask",
             f"{sum(complete)} of {counted(len(granules), 'observation')} have the band {lacking}, "
             f"and '{header.name}' does not: add the band, or give mask=cloud to estimate a mask "
             "from the series, or mask=none",
         )
+        planes = [granule.planes[band] for granule in granules for band in bands]
+        error.files = tuple({id(header): header for header, _ in planes}.values())
+        raise error
     return tuple(
         replace(
             granule,

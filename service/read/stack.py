@@ -30,7 +30,7 @@ from service.errors import (
     first_names,
 )
 from service.grid import Grid
-from service.read.arrange import Arrangement, Granule, arrange
+from service.read.arrange import Arrangement, Granule, MaskNotInAllFiles, arrange
 from service.read.band_names import ALPHA
 from service.read.geotiff import (
     Driver,
@@ -299,20 +299,13 @@ def open_stack(
     }
     headers = [in_sentinel_2_terms(header, by_file.get(header.source)) for header in headers]
     place = Place(grid=options.grid, bbox=options.bbox, area=options.area)
-
-    def check_place(needed: Sequence[Header]) -> None:
-        with gdal_options():
-            place_files(needed, headers, place)
-
     try:
-        arranged = arrange(
-            headers,
-            options,
-            bands=bands,
-            optional=optional,
-            dated=dated,
-            check_place=check_place,
-        )
+        arranged = arrange(headers, options, bands=bands, optional=optional, dated=dated)
+    except MaskNotInAllFiles as error:
+        # A file from another place often lacks the mask as well; then the place is the fault.
+        with gdal_options():
+            place_files(error.files, headers, place)
+        raise
     except MissingDates as error:
         if not opened.unused_dates:
             raise
