@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
-from service.api.schemas import MAX_RINGS, MAX_VERTICES, Area, read_items
+from service.api.schemas.geojson import MAX_RINGS, MAX_VERTICES, Area
+from service.api.schemas.validation import read_items
 from service.errors import STATUS, InvalidRequest
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import NORTH_UP, write

@@ -23,7 +23,7 @@ from benchmarks.tiny_zoo import write_zoo
 from service.api import uploads as intake
 from service.api.admission import Admission
 from service.api.disconnect import run_watched
-from service.api.schemas import read_items, read_parameters
+from service.api.schemas.validation import read_items, read_parameters
 from service.api.uploads import Form, Limits, media_type, read_form, read_json
 from service.errors import (
     BodyStalled,

@@ -15,7 +15,7 @@ import pimc_client
 from pimc_client import cli
 from pimc_client.errors import BY_CODE, ServiceError, WaitTimedOut, service_error
 from pimc_client.requests import build_raster
-from service.api.schemas import FORMS
+from service.api.schemas.forms import FORMS
 from service.errors import STATUS
 
 ROOT = Path(__file__).parents[1]

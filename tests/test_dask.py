@@ -21,7 +21,7 @@ import service.errors
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle
 from models.registry import Registry
-from service.api.schemas import read_parameters
+from service.api.schemas.validation import read_parameters
 from service.errors import ForbiddenReference, PIMCError, UnreachableReference
 from service.grid import Window
 from service.infer.engine import Engine, load_models

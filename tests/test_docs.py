@@ -12,7 +12,7 @@ import pytest
 
 from models.registry import ZOO, Registry
 from service.api.app import create_app
-from service.api.schemas import FORMS
+from service.api.schemas.forms import FORMS
 from service.errors import STATUS
 from service.settings import Settings
 

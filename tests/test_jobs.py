@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle, write_zoo
 from service.api.responses import COG, GEOJSON, ZIP
-from service.api.schemas import HeadList, JobList, ModelList
+from service.api.schemas.response_bodies import HeadList, JobList, ModelList
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,

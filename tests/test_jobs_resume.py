@@ -15,7 +15,7 @@ from rasterio.warp import transform_geom
 
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import Registry
-from service.api.schemas import read_parameters
+from service.api.schemas.validation import read_parameters
 from service.infer.engine import Engine
 from service.read.geotiff import SourceFile
 from service.run.execute import execute

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from service.api import json_pieces, processes, schemas
+from service.api import json_pieces, processes
 from service.api.json_pieces import JsonText
 from service.api.processes import Binary
 from service.api.routes import processes as routes
-from service.api.schemas import (
+from service.api.schemas import validation
+from service.api.schemas.forms import EmbedForm
+from service.api.schemas.request_bodies import ClassifySeries
+from service.api.schemas.validation import (
     read_execute,
     read_head_items,
     read_head_series,
@@ -170,9 +173,8 @@ def test_wrong_values_have_the_same_errors_in_pieces(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_too_many_points_have_the_same_error_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_points_have_the_same_error_in_pieces() -> None:
     reader, body = READERS["points"]
-    monkeypatch.setattr(schemas, "MAX_POINTS", 3)
     many = {**body, "points": {**POINTS, "features": [POINT] * 10_001}}
     text = json.dumps(many).encode()
     assert read(text, reader, 2**16) == read(text, reader, 2**30)
@@ -217,7 +219,7 @@ def test_more_values_than_any_entry_may_have_are_not_parsed(
     def parsed(*_: object) -> None:
         pytest.fail("the body was parsed")
 
-    monkeypatch.setattr(schemas.ClassifySeries, "model_validate_json", parsed)
+    monkeypatch.setattr(ClassifySeries, "model_validate_json", parsed)
     with pytest.raises(InvalidRequest, match=r"about 30000\d values, and at most 200000"):
         read_series("classify-pixels", text)
 
@@ -229,7 +231,7 @@ def test_more_values_than_parameters_may_have_are_not_parsed(
     def parsed(*_: object) -> None:
         pytest.fail("the form was parsed")
 
-    monkeypatch.setattr(schemas.EmbedForm, "model_validate", parsed)
+    monkeypatch.setattr(EmbedForm, "model_validate", parsed)
     with pytest.raises(InvalidRequest, match=rf"{name}: about 300000 values, and at most 200000"):
         read_parameters("embed", {name: ("[" + "1," * 300_000 + "1]",), "modality": ("pixel",)})
 
@@ -263,14 +265,14 @@ def test_base64_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_no_call_of_the_parser_reads_more_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     text = json.dumps({"series": [{**SERIES[0], "id": str(n)} for n in range(20_000)]}).encode()
     longest = 0
-    validate = type(schemas._SERIES_LIST.entries).validate_json
+    validate = type(validation._SERIES_LIST.entries).validate_json
 
     def measured(self: Any, piece: bytes) -> Any:
         nonlocal longest
         longest = max(longest, len(piece))
         return validate(self, piece)
 
-    monkeypatch.setattr(type(schemas._SERIES_LIST.entries), "validate_json", measured)
+    monkeypatch.setattr(type(validation._SERIES_LIST.entries), "validate_json", measured)
     assert len(read_series("embed", text).series) == 20_000
     assert json_pieces.PIECE_BYTES <= longest < 4 * json_pieces.PIECE_BYTES < len(text)
 

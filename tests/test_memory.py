@@ -34,7 +34,7 @@ from benchmarks.mutations import (
 from benchmarks.process import Served, served
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import Registry
-from service.api.schemas import read_series
+from service.api.schemas.validation import read_series
 from service.container import usable_memory
 from service.errors import Cancelled, Overloaded, RasterTooLarge
 from service.infer.engine import Engine

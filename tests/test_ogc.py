@@ -30,7 +30,7 @@ from standardwebhooks import Webhook
 from benchmarks.serving import served
 from models.card import Task
 from service.api.processes import conformance_classes
-from service.api.schemas import ITEMS, SERIES
+from service.api.schemas.request_bodies import ITEMS, SERIES
 from tests.kits.client import Received, Reply, serving
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import ASYNC, ENDED, Files, change, stack, waited

@@ -23,7 +23,8 @@ from rasterio.windows import Window, bounds
 from benchmarks.remote import CRS, TRANSFORM, block_bytes, degrees, stack, write_cog
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
-from service.api.schemas import Operation, read_parameters
+from service.api.schemas.parameter_types import Operation
+from service.api.schemas.validation import read_parameters
 from service.errors import Cancelled, ForbiddenReference, UnreachableReference
 from service.read import on_demand
 from service.read.blocks import FIRST_BYTES

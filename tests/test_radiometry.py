@@ -16,7 +16,7 @@ import rasterio
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from service.api.schemas import RasterForm
+from service.api.schemas.forms import RasterForm
 from service.errors import ImplausibleReflectance, InvalidRequest, StackWarning
 from service.jobs.serialise import request_document, request_of
 from service.read.geotiff import SourceFile

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle
 from pimc_client import Client, Reference
-from service.api.schemas import ItemBody
+from service.api.schemas.request_bodies import ItemBody
 from service.errors import BodyTooLarge, ForbiddenReference, UnreachableReference
 from service.read.connect import MAX_REDIRECTS, Patience
 from service.read.geotiff import SourceFile

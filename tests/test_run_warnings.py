@@ -16,7 +16,7 @@ from rasterio.warp import transform
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle
-from service.api.schemas import read_items, read_parameters
+from service.api.schemas.validation import read_items, read_parameters
 from service.errors import InvalidRequest
 from service.jobs.serialise import request_document, request_of
 from service.read.geotiff import SourceFile

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.api.schemas import RasterForm
+from service.api.schemas.forms import RasterForm
 from service.errors import MissingBands, WrongSensor
 from service.read.geotiff import SourceFile, gdal_options, read_header
 from service.read.layouts import StackOptions

@@ -19,20 +19,21 @@ from pydantic.json_schema import models_json_schema
 
 from service.api.problems import PROBLEM
 from service.api.responses import COG, CSV, GEOJSON, MULTIPART, PARQUET, ZIP
-from service.api.schemas import (
-    FORMS,
+from service.api.schemas.forms import FORMS, HeadForm
+from service.api.schemas.parameter_types import Operation
+from service.api.schemas.request_bodies import (
     ITEMS,
     SERIES,
     STAC,
     Execute,
-    HeadForm,
     HeadItems,
-    HeadResponse,
     HeadSeries,
     HeadStac,
+)
+from service.api.schemas.response_bodies import (
+    HeadResponse,
     JobInfo,
     MeasuredResponse,
-    Operation,
     PointsResponse,
     Problem,
     SeriesResponse,

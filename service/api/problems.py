@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
-from service.api.schemas import invalid_request
+from service.api.schemas.validation import invalid_request
 from service.errors import (
     STATUS,
     Cancelled,

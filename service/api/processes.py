@@ -27,14 +27,9 @@ from service.api.disconnect import check_connected
 from service.api.json_pieces import JsonText
 from service.api.negotiation import MediaRange
 from service.api.responses import COG, CSV, GEOJSON, PARQUET, ZIP
-from service.api.schemas import (
-    ITEMS,
-    MAX_ITEMS,
-    SERIES,
-    STAC,
-    ClassOutput,
-    DatedOutput,
-    Execute,
+from service.api.schemas.parameter_types import ClassOutput, DatedOutput, SimilarOutput
+from service.api.schemas.request_bodies import ITEMS, MAX_ITEMS, SERIES, STAC, Execute
+from service.api.schemas.response_bodies import (
     Link,
     PointsResponse,
     ProcessDescription,
@@ -42,10 +37,9 @@ from service.api.schemas import (
     ProcessOutput,
     ProcessSummary,
     SeriesResponse,
-    SimilarOutput,
     SummaryResponse,
-    unknown_parameter,
 )
+from service.api.schemas.validation import unknown_parameter
 from service.api.uploads import JSON
 from service.errors import InvalidRequest, UnknownProcess, shown
 from service.run.request import RasterRequest, Runnable, TaskRequest

@@ -11,7 +11,9 @@ from anyio import to_thread
 
 from service.api.admission import Admitted
 from service.api.dependencies import AppState
-from service.api.schemas import Operation, RasterForm, StacSearch
+from service.api.schemas.forms import RasterForm
+from service.api.schemas.parameter_types import Operation
+from service.api.schemas.request_bodies import StacSearch
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.placement import Bounds

@@ -17,7 +17,7 @@ import numpy as np
 import psycopg
 
 from models.registry import Registry
-from service.api.schemas import read_series
+from service.api.schemas.validation import read_series
 from service.infer.engine import Engine
 from service.jobs.s3 import storage_of
 from service.jobs.store import JobStore

@@ -26,11 +26,9 @@ from service.api.routes.tasks import (
     unpacked,
     vector_file,
 )
-from service.api.schemas import (
-    HeadForm,
-    HeadList,
-    HeadResponse,
-    WarningEntry,
+from service.api.schemas.forms import HeadForm
+from service.api.schemas.response_bodies import HeadList, HeadResponse, WarningEntry
+from service.api.schemas.validation import (
     read_head_items,
     read_head_parameters,
     read_head_series,

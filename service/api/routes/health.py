@@ -13,7 +13,7 @@ from models.card import Modality, Task
 from service.api.dependencies import KNOWN_IF_PRIVATE, App, AppState, known_if_private
 from service.api.openapi import problems
 from service.api.routes.models import DEFAULTS, defaults
-from service.api.schemas import ClusterReady, Live, Ready, ReadyStatus
+from service.api.schemas.response_bodies import ClusterReady, Live, Ready, ReadyStatus
 from service.errors import NotReady, Unauthorized
 from service.infer.engine import Engine
 from service.telemetry import METRICS_MEDIA_TYPE, free_bytes

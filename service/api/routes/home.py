@@ -15,7 +15,7 @@ from service.api.dependencies import KNOWN_IF_PRIVATE, App, root_of
 from service.api.middleware import page_policy
 from service.api.negotiation import negotiate
 from service.api.openapi import DESCRIPTION, DocumentedApp
-from service.api.schemas import LandingPage, Link
+from service.api.schemas.response_bodies import LandingPage, Link
 from service.api.sending import StoredFile
 from service.api.uploads import JSON
 from service.errors import NotFound, shown

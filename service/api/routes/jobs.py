@@ -43,7 +43,8 @@ from service.api.responses import (
     write_geojson,
 )
 from service.api.results import links_to
-from service.api.schemas import CallbackSecret, JobInfo, JobList, Link, interval, listed
+from service.api.schemas.parameter_types import interval, listed
+from service.api.schemas.response_bodies import CallbackSecret, JobInfo, JobList, Link
 from service.api.sending import StoredFile
 from service.errors import InvalidRequest, NotFound, ResultNotReady, shown
 from service.infer.smooth import MAX_RADIUS

@@ -11,7 +11,7 @@ from service.api.dependencies import KNOWN_CALLER, App, Caller, root_of
 from service.api.negotiation import negotiate
 from service.api.openapi import STAC_ITEM, problems
 from service.api.responses import GEOJSON, json_response
-from service.api.schemas import ModelList
+from service.api.schemas.response_bodies import ModelList
 from service.errors import UnknownModel, shown
 from service.infer.engine import Engine
 from service.write.stac_item import model_item

@@ -64,18 +64,9 @@ from service.api.routes.tasks import (
     vector_file,
     with_zips_opened,
 )
-from service.api.schemas import (
-    Conformance,
-    Execute,
-    ItemBody,
-    Link,
-    ProcessDescription,
-    ProcessList,
-    read_execute,
-    read_items,
-    read_series,
-    read_stac,
-)
+from service.api.schemas.request_bodies import Execute, ItemBody
+from service.api.schemas.response_bodies import Conformance, Link, ProcessDescription, ProcessList
+from service.api.schemas.validation import read_execute, read_items, read_series, read_stac
 from service.api.stac import stac_request
 from service.api.uploads import FIELDS, JSON, media_type, read_json, reserve_parsed
 from service.errors import (

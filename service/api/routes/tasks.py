@@ -34,13 +34,8 @@ from service.api.openapi import body, responses
 from service.api.quotas import cost
 from service.api.responses import make_response, needs_files, offers
 from service.api.routes.jobs import accepted
-from service.api.schemas import (
-    Operation,
-    read_items,
-    read_parameters,
-    read_series,
-    read_stac,
-)
+from service.api.schemas.parameter_types import Operation
+from service.api.schemas.validation import read_items, read_parameters, read_series, read_stac
 from service.api.stac import stac_request
 from service.api.uploads import FIELDS, FILES, FORM, media_type, read_form, read_json
 from service.errors import MOST_ERRORS, InvalidRequest, NotReady, first_names

@@ -12,7 +12,7 @@ from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
 from service.api.disconnect import run_watched
 from service.api.openapi import VALIDATION_ERRORS, problems, validation_body
 from service.api.routes.tasks import check_query, planned, read_request, run_slot
-from service.api.schemas import Estimate, Seconds, ValidationResponse, WarningEntry
+from service.api.schemas.response_bodies import Estimate, Seconds, ValidationResponse, WarningEntry
 from service.errors import NotReady
 from service.run.plan import Plan
 from service.run.request import RasterRequest, Runnable, TaskRequest
