@@ -16,6 +16,7 @@ from rasterio.windows import Window
 
 from service.api.responses import warning_headers
 from service.errors import InvalidRequest, MissingBands, MissingDates
+from service.read.band_names import behind_counts
 from service.read.geotiff import SourceFile, label
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
@@ -345,6 +346,95 @@ def test_names_behind_the_bands_positions_count(tmp_path: Path, form: str) -> No
     names = [form.format(n=n, b=b) for n, b in enumerate(order, 1)]
     stack = opened([write(tmp_path / "x_20210105.tif", pixels, descriptions=names)])
     assert (stack.mask, band_numbers(stack)) == ("scl", expected(1))
+
+
+@pytest.mark.parametrize("by_band", [False, True])
+@pytest.mark.parametrize("form", ["{b}_{n}", "{b}.{n}", "{b}[{n}]", "{b}{n}", "t{n}_{b}", "R"])
+def test_numbers_behind_the_names_count_the_dates(tmp_path: Path, form: str, by_band: bool) -> None:
+    names = {"B02": "blue", "B04": "red", "B08": "nir"}
+    what = [(band, t) for t in (1, 2, 3) for band in names]
+    if by_band:
+        what.sort()
+
+    def name(band: str, t: int) -> str:
+        if form == "R":  # R's make.unique and Earth Engine leave the first ones without a number
+            return names[band] if t == 1 else f"{names[band]}.{t - 1}"
+        return form.format(b=names[band], n=t)
+
+    texts = [name(band, t) for band, t in what]
+    file = write(tmp_path / "stack.tif", bands_of(*what), descriptions=texts)
+    stack = opened([file], dates=(D1, D2, D3), mask="none")
+    assert (stack.dates, band_numbers(stack)) == ((D1, D2, D3), expected(1, 2, 3))
+    codes = [warning.code for warning in stack.warnings]
+    assert codes == ([] if form == "t{n}_{b}" else ["dates_assumed"])  # nir_2 is no other band
+    with pytest.raises(
+        MissingDates, match=r"for the 3 dates .* numbers \d to \d in the names count"
+    ):
+        opened([file])
+
+
+@pytest.mark.parametrize("layout", ["single-file", "file-per-band"])
+def test_numbers_count_the_dates_in_whatever_order_the_bands_are(
+    tmp_path: Path, layout: str
+) -> None:
+    order = (3, 1, 2)
+    groups = [NEEDED] if layout == "single-file" else [(band,) for band in NEEDED]
+    files = [
+        write(
+            tmp_path / f"{n}.tif",
+            bands_of(*((band, t) for t in order for band in group)),
+            descriptions=[f"{band}_{t}" for t in order for band in group],
+        )
+        for n, group in enumerate(groups)
+    ]
+    stack = opened(files, dates=(D1, D2, D3), mask="none")
+    assert (stack.layout, stack.dates) == (layout, (D1, D2, D3))
+    assert band_numbers(stack) == expected(1, 2, 3)
+    (warning,) = stack.warnings
+    assert warning.code == "dates_assumed"
+    assert f"1 is {D1}, 3 is {D3}" in warning.detail
+    # Dates in the order of the bands agree with the numbers.
+    stack = opened(files, dates=(D3, D1, D2), mask="none")
+    assert band_numbers(stack) == expected(1, 2, 3)
+    assert stack.warnings == ()
+
+
+def test_one_number_behind_all_names_of_a_file_is_that_of_its_date(tmp_path: Path) -> None:
+    names = ("nir", "blue", "red")
+    files = [
+        write(
+            tmp_path / f"x_2021010{t}.tif",
+            bands_of(*((band, t) for band in ("B08", "B02", "B04"))),
+            descriptions=[f"{name}_{t}" for name in names],
+        )
+        for t in (1, 2, 3)
+    ]
+    assert band_numbers(opened(files, mask="none")) == expected(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("nir_1", "nir_2", "swir_1", "swir_2"),
+        ("red_edge_1", "red_edge_2", "red_edge_3"),
+        ("blue", "red", "nir_1", "nir_2"),
+        ("B1", "B2", "B3"),
+        ("B2", "B3"),
+        ("B8", "B8_2", "B9"),
+        ("nir_2", "swir_2"),
+    ],
+)
+def test_numbers_that_are_parts_of_names_do_not_count_dates(names: tuple[str, ...]) -> None:
+    assert behind_counts(names) == (names, None)
+
+
+def test_dates_in_another_order_than_the_files_are_numbered(tmp_path: Path) -> None:
+    files = [one_date(tmp_path / f"x_{t}.tif", t) for t in (1, 10, 2)]
+    stack = opened(files, dates=(D1, D2, D3), mask="none")
+    (warning,) = stack.warnings
+    assert warning.code == "dates_contradicted"
+    assert f"{D3} to 'x_2.tif' and {D2} to 'x_10.tif'" in warning.detail
+    assert opened(files, dates=(D1, D3, D2), mask="none").warnings == ()
 
 
 def test_counted_bands_are_named_by_their_wavelengths(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import pairwise
 
 from service.errors import (
     InvalidRequest,
@@ -44,6 +45,7 @@ from service.read.layouts import (
     days_in_conflict,
     file_per_band,
     file_per_date,
+    in_order_of_counts,
     names_and_bands,
     single_file,
     stated_days,
@@ -181,6 +183,7 @@ def arrange(
     }
     warnings += _assumed_order(layout, query, used)
     warnings += [*_dates_contradicted(query, slots), *_bands_contradicted(query)]
+    warnings += [*_dated_by_counts(query, slots), *_out_of_order(query, slots)]
     warnings += _top_of_atmosphere(query, used) if dated else []
     warnings += _unused(query, used, layout, options)
     warnings += [_ESTIMATED] if estimated else _missing_mask(granules, rules)
@@ -366,6 +369,68 @@ def _dates_contradicted(
             "is in the order of the files, or leave it out"
         )
         yield StackWarning(code="dates_contradicted", detail=detail)
+
+
+def _dated_by_counts(query: LayoutQuery, slots: Sequence[BandAssignment]) -> Iterator[StackWarning]:
+    """The warning that numbers behind the names of bands were read as counts of the dates."""
+    dates = query.dates
+    if dates is None or query.names:
+        return
+    for file in {id(slot.file): slot.file for slot in slots}.values():
+        plain = list(map(band_of, file.header.descriptions))
+        moved = in_order_of_counts(file, dates)
+        if not file.counts or not (moved or plain != list(map(band_of, file.texts))):
+            continue
+        order = sorted(file.counts) if moved else file.counts
+        day_of = dict(zip(dict.fromkeys(order), dates, strict=False))
+        first, last = min(day_of), max(day_of)
+        detail = (
+            f"the numbers {first} to {last} behind the names of the bands of '{file.name}' "
+            f"('{shown(file.header.descriptions[0])}', ...) count the dates"
+            f"{', whatever the order of the bands' if moved else ''}: {first} is {day_of[first]}, "
+            f"{last} is {day_of[last]}; if they are parts of the names, give `bands`"
+        )
+        yield StackWarning(code="dates_assumed", detail=detail)
+        return
+
+
+_DIGITS = re.compile(r"(\d+)")
+_COUNT_DIGITS = 3
+
+
+def _out_of_order(query: LayoutQuery, slots: Sequence[BandAssignment]) -> Iterator[StackWarning]:
+    """The warning that `dates` follows the order of the files, but not that of their numbers.
+
+    Shells and programs sort names as texts: x_1, x_10, x_2.
+    """
+    times = Counter(id(slot.file) for slot in slots)
+    by_bands: dict[tuple[str, ...], list[BandAssignment]] = defaultdict(list)
+    for slot in slots:
+        if times[id(slot.file)] == 1:
+            by_bands[tuple(slot.numbers)].append(slot)
+    for own in by_bands.values() if query.dates else ():
+        parts = [_DIGITS.split(slot.file.name) for slot in own]
+        if len({tuple(part[::2]) for part in parts}) > 1 or any(
+            stated_days([slot.file for slot in own])
+        ):
+            continue
+        varying = [k for k in range(1, len(parts[0]), 2) if len({part[k] for part in parts}) > 1]
+        if len(varying) != 1 or any(len(part[varying[0]]) > _COUNT_DIGITS for part in parts):
+            continue
+        numbered = sorted(
+            (int(part[varying[0]]), slot.day or date.min, slot.file.name)
+            for part, slot in zip(parts, own, strict=True)
+        )
+        later = next((pair for pair in pairwise(numbered) if pair[1][1] < pair[0][1]), None)
+        if later:
+            (_, before, first), (_, after, second) = later
+            detail = (
+                f"`dates` gives {before} to '{first}' and {after} to '{second}': it counts in the "
+                f"order in which the {len(own)} files were sent, which is not that of their "
+                "numbers; check it, or send the files in the order of their numbers"
+            )
+            yield StackWarning(code="dates_contradicted", detail=detail)
+            return
 
 
 def _tags_contradicted(
@@ -734,8 +799,8 @@ def _missing_dates(
     if all_files == 1 and len(slots) > 1:
         return MissingDates(
             f"no date for the {len(undated)} dates that {_quoted(names)} holds: none in the band "
-            f"descriptions or tags{_unclear(undated)}; give `dates`, {len(undated)} of them in the "
-            "order of the bands"
+            f"descriptions or tags{_counts(undated[0].file)}{_unclear(undated)}; give `dates`, "
+            f"{len(undated)} of them in the order of the bands"
         )
     return MissingDates(
         f"no date for {len(names)} of {counted(all_files, 'file')} ({_quoted(names)}): none in "
@@ -743,6 +808,13 @@ def _missing_dates(
         f"{_unclear(undated)}; give `dates`, one for each of the {counted(all_files, 'file')} in "
         "their order, such as dates=2018-01-05,2018-01-15"
     )
+
+
+def _counts(file: DescribedFile) -> str:
+    """Text about numbers that count the dates of a file's bands."""
+    if not file.counts:
+        return ""
+    return f" (the numbers {min(file.counts)} to {max(file.counts)} in the names count the dates)"
 
 
 def _written(undated: Sequence[BandAssignment]) -> str:

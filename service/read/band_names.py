@@ -177,6 +177,15 @@ _POSITION = re.compile(
 _BEFORE_NAME = re.compile(
     r"\s*[Bb](?:and[ae]?)[ _]?0*(?P<number>\d+)\s*[:=(\[-]\s*(?P<name>.*?)[\s)\]]*"
 )
+# A number behind or before a band's name that may count dates: B02_1, red.2, nir[3], t1_B04.
+_COUNTED = (
+    re.compile(
+        r"(?P<rest>.*?)(?:(?<=[^\W\d_])|[ _.\-\[(]+(?:t|time|step|date)?[ _]?)"
+        r"(?P<number>\d{1,3})[\])]?",
+        re.IGNORECASE,
+    ),
+    re.compile(r"(?:t|time|step|date)?[ _]?(?P<number>\d{1,3})[ _.:-]+(?P<rest>.*)", re.IGNORECASE),
+)
 _UNITS = re.compile(
     r"(?<![^\W_])(?:nanomet\w*|micromet\w*|microns?|[nuµμ]m)(?![^\W_])", re.IGNORECASE
 )
@@ -393,6 +402,63 @@ def behind_positions(names: Sequence[str | None]) -> tuple[str | None, ...]:
     if not counted or len(set(rest)) < len(names) or not any(map(band_of, rest)):
         return tuple(names)
     return tuple(rest)
+
+
+def behind_counts(
+    names: Sequence[str | None],
+) -> tuple[tuple[str | None, ...], tuple[int, ...] | None]:
+    """The names of a file's bands without the numbers that count its dates.
+
+    Programs number the bands that they stack: `red_1`, `nir_1`, `red_2`, `nir_2`. Earth Engine and
+    R leave the first ones as they are: `nir`, `nir_1`. As names, `nir_2` and `swir_2` would be
+    other bands than `nir` and `swir`. The numbers count dates if all names have the same ones, from
+    0 or 1 without a gap, and if one name with its numbers gives fewer bands than numbers. If all
+    names of a file have one number, it is that of the file's date.
+
+    Args:
+        names: the names in band order, without positions before them.
+
+    Returns:
+        The names, and each band's number; the names as they are and None if the numbers do not
+        count dates, and None as well if there is only one.
+    """
+    as_they_are = tuple(names), None
+    if len(names) < 2 or not all(names):
+        return as_they_are
+    for form in _COUNTED:
+        found = [_counted(form, name or "") for name in names]
+        groups: dict[str, dict[int, str]] = defaultdict(dict)
+        for (rest, number), name in zip(found, names, strict=True):
+            groups[rest][number] = name or ""
+        numbers = sorted(next(iter(groups.values())))
+        if sum(map(len, groups.values())) < len(names):
+            continue
+        if any(sorted(own) != numbers for own in groups.values()):
+            continue
+        rests = tuple(rest for rest, _ in found)
+        if len(numbers) == 1:
+            if numbers[0] and any(_is_of_one_band(rest) for rest in groups):
+                return rests, None
+        elif numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1))) and any(
+            band_of(rest) and len({band_of(name) for name in own.values()}) < len(numbers)
+            for rest, own in groups.items()
+        ):
+            return rests, tuple(number for _, number in found)
+    return as_they_are
+
+
+def _counted(form: re.Pattern[str], name: str) -> tuple[str, int]:
+    """A band's name and its number; 0 without one, also if the number is a part of the name."""
+    match = form.fullmatch(name)
+    known = band_of(name) or quality_of(name)
+    if match and (band_of(match["rest"]) or quality_of(match["rest"]) or not known):
+        return match["rest"], int(match["number"])
+    return name, 0
+
+
+def _is_of_one_band(name: str) -> bool:
+    """Whether a name is that of one band, whatever the number behind it."""
+    return bool(name) and None is not band_of(name) == band_of(f"{name} 1") == band_of(f"{name} 2")
 
 
 def positions_in_names(names: Sequence[str]) -> frozenset[str]:

@@ -26,6 +26,7 @@ from service.read.band_names import (
     band_at_wavelength,
     band_in_name,
     band_of,
+    behind_counts,
     behind_positions,
     calls_itself_alpha,
     ends_as_alpha,
@@ -149,8 +150,20 @@ class DescribedFile:
 
     @cached_property
     def texts(self) -> tuple[str | None, ...]:
-        """The bands' descriptions, without positions before their names."""
-        return behind_positions(self.header.descriptions)
+        """The bands' descriptions, without positions before their names and counts of dates."""
+        return self._counted_texts[0]
+
+    @property
+    def counts(self) -> tuple[int, ...] | None:
+        """The number of each band's date behind its name, from 0 or 1; None without such numbers.
+
+        They do not count if the bands have dates.
+        """
+        return None if any(self.days) else self._counted_texts[1]
+
+    @cached_property
+    def _counted_texts(self) -> tuple[tuple[str | None, ...], tuple[int, ...] | None]:
+        return behind_counts(behind_positions(self.header.descriptions))
 
     @cached_property
     def days(self) -> tuple[date | None, ...]:
@@ -499,11 +512,21 @@ def _band_days(files: Sequence[DescribedFile], query: LayoutQuery) -> list[Seque
     dates = query.dates
     other = next((file for file in files if file.count != len(dates)), None)
     if other is None:
-        return [dates] * len(files)
+        return [_dates_of_bands(file, dates, query) for file in files]
     if singles:
         return [(day,) for day in _given_days(files, query, dates)]
     what = f"'{other.name}' has {counted(other.count, 'band')}"
     raise _wrong_number(dates, other.count, what)
+
+
+def _dates_of_bands(
+    file: DescribedFile, dates: tuple[date, ...], query: LayoutQuery
+) -> tuple[date, ...]:
+    """The caller's dates in the order of a file's bands."""
+    if query.names or not in_order_of_counts(file, dates):
+        return dates
+    by_number = dict(zip(sorted(file.counts or ()), dates, strict=True))
+    return tuple(by_number[number] for number in file.counts or ())
 
 
 def single_file(query: LayoutQuery) -> list[BandAssignment]:
@@ -541,8 +564,8 @@ def _slots_of_one_file(
             continue
         day = file.days[number - 1] if described else None
         # The k-th occurrence of a band is the k-th date, whether the file is ordered by date or by
-        # band.
-        key = (day, seen[band, day])
+        # band, unless the bands' names count the dates.
+        key = (day, seen[band, day] if query.names or not file.counts else file.counts[number - 1])
         seen[band, day] += 1
         if key not in found:
             found[key] = BandAssignment(file=file, day=day, turn=first_turn + len(found))
@@ -552,10 +575,22 @@ def _slots_of_one_file(
         (day,) = _file_days([file], replace(query, dates=None))
         return [replace(slot, day=day)]
     slots = list(found.values())
+    if query.names is None and in_order_of_counts(file, query.dates):
+        slots = [found[key] for key in sorted(found, key=lambda key: key[1])]
     listed = tagged_dates(file.header.tags)
     if not described and len(listed) == len(slots):
         slots = [replace(slot, day=day) for slot, day in zip(slots, listed, strict=True)]
     return slots
+
+
+def in_order_of_counts(file: DescribedFile, dates: Sequence[date] | None) -> bool:
+    """Whether the numbers behind a file's bands decide which of the caller's dates is whose.
+
+    Programs sort names as texts: B02_1, B02_10, B02_2. Then dates in ascending order are in the
+    order of the numbers and not in that of the bands.
+    """
+    counts = list(dict.fromkeys(file.counts or ()))
+    return bool(dates) and counts != sorted(counts) and list(dates or ()) == sorted(dates or ())
 
 
 def _names_in_one_file(
