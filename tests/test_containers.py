@@ -225,6 +225,53 @@ def test_geotiffs_may_be_sent_in_a_zip(tmp_path: Path) -> None:
     np.testing.assert_allclose(values(stack)[1], pixels * 1e-4, rtol=1e-6)
 
 
+@pytest.mark.parametrize("by", ["date", "band", "order"])
+def test_the_name_of_a_zip_tells_what_its_members_do_not(tmp_path: Path, by: str) -> None:
+    days = ("2021-01-05", "2021-01-15", "2021-02-04")
+    names = ("B02", "B04", "B08")
+    numbers = {
+        (day, band): 1000 + 10 * d + b for d, day in enumerate(days) for b, band in enumerate(names)
+    }
+    content = {}
+    for key, number in numbers.items():
+        pixels = np.full((1, 2, 2), number, dtype=np.uint16)
+        content[key] = write(tmp_path / "one.tif", pixels).path.read_bytes()
+    if by == "band":
+        zips = [
+            zipped(tmp_path / f"{band}.zip", {f"{day}.tif": content[day, band] for day in days})
+            for band in names
+        ]
+    else:
+        # Without a date in its name, a zip still tells its granule.
+        name = "S2_{}.zip" if by == "date" else "download ({}).zip"
+        zips = [
+            zipped(
+                tmp_path / name.format(day if by == "date" else n),
+                {f"B/download.{band}.geotiff": content[day, band] for band in names},
+            )
+            for n, day in enumerate(days)
+        ]
+    dates = None
+    if by == "order":
+        dates = tuple(date.fromisoformat(day) for day in days for _ in names)
+    stack = opened(zips, tmp_path, mask="none", dates=dates)
+    assert [day.isoformat() for day in stack.dates] == list(days)
+    found = np.rint(values(stack)[:, :, 0, 0] / 1e-4).astype(int).tolist()
+    assert found == [[numbers[day, band] for band in names] for day in days]
+    assert len(set(stack.files)) == 9
+
+
+def test_a_zip_inside_a_zip_is_named(tmp_path: Path) -> None:
+    pixels = rng.integers(1, 3000, (3, 4, 5)).astype(np.uint16)
+    file = write(tmp_path / "x_20210105.tif", pixels, descriptions=BANDS)
+    inner = zipped(tmp_path / "b.zip", {"x_20210115.tif": file.path.read_bytes()})
+    members = {file.name: file.path.read_bytes(), "b.zip": inner.path.read_bytes()}
+    stack = opened([zipped(tmp_path / "a.zip", members)], tmp_path, mask="none")
+    (warning,) = stack.warnings
+    assert warning.code == "files_unused"
+    assert "'b.zip': a zip inside the zip, which is not unpacked: send it itself" in warning.detail
+
+
 def test_a_zip_is_measured_before_it_is_unpacked(tmp_path: Path) -> None:
     members = {
         "a.tif": bytes(10**6),

@@ -12,14 +12,16 @@ import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from service.errors import BodyTooLarge, Cancelled, InvalidRequest, NotAGeoTIFF, shown
-from service.read.band_names import band_of, quality_of, stem
+from service.read.band_names import band_in_name, band_of, quality_of, stem
+from service.read.dates import date_of
 from service.read.geotiff import ZARR, SourceFile, is_of_zarr, label, side_file
 from service.read.jp2_guard import SIGNATURE
 from service.read.metadata import MAX_METADATA_BYTES, PRODUCT_FILE, is_json, is_metadata
@@ -32,7 +34,7 @@ _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR_64 = struct.Struct("<4sLQL")
 _METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-_RASTER = re.compile(r"\.(tiff?|jp2)$", re.IGNORECASE)
+_RASTER = re.compile(r"\.(tiff?|g(eo)?tiff?|cog|jp2)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ def unpack(
     """
     found: list[SourceFile] = []
     left_out: list[tuple[str, str]] = []
+    zips: list[tuple[SourceFile, list[SourceFile]]] = []
     room = max_bytes
     for number, file in enumerate(files):
         if not _is_a_zip(file):
@@ -103,9 +106,12 @@ def unpack(
         members, others, used = _members(file, folder, f"{number:04d}", room, max_bytes, cancelled)
         if file.path.is_relative_to(folder):  # an upload, which is not needed any more
             file.path.unlink()
-        found += members
+        zips.append((file, members))
         left_out += others
         room -= used
+    times = Counter(one.name for one in (*found, *(one for _, own in zips for one in own)))
+    for file, members in zips:
+        found += _below_the_zip(file, members, times)
     if len(found) > max_files:
         raise InvalidRequest.of(
             "files",
@@ -119,6 +125,30 @@ def unpack(
             "convert it with gdal_translate -of COG"
         )
     return Unpacked(files=tuple(found), left_out=tuple(left_out))
+
+
+def _below_the_zip(
+    source: SourceFile, members: list[SourceFile], times: Mapping[str, int]
+) -> list[SourceFile]:
+    """The members of a zip, in a folder with its name if that tells what their names do not.
+
+    People download one zip per date, with the same names in each: S2_2021-01-05.zip with B04.tif.
+
+    Args:
+        source: the zip.
+        members: its files.
+        times: how often each name occurs in the request.
+    """
+    own = stem(source.name)
+    names = [member.name for member in members if _RASTER.search(member.name)]
+    tells = (
+        any(times[name] > 1 for name in names)
+        or (date_of(own) is not None and not any(map(date_of, names)))
+        or (band_of(own) is not None and not any(map(band_in_name, names)))
+    )
+    if not tells:
+        return members
+    return [replace(member, name=label(f"{own}/{member.name}", 0)) for member in members]
 
 
 def _is_a_zip(file: SourceFile) -> bool:
@@ -217,6 +247,8 @@ def _why_not(member: zipfile.ZipInfo) -> str | None:
         return None
     if is_json(last) and member.file_size <= MAX_METADATA_BYTES:
         return None
+    if last.lower().endswith(".zip"):
+        return "a zip inside the zip, which is not unpacked: send it itself"
     if not _RASTER.search(name):
         return "not a raster (.tif or .jp2)"
     if member.flag_bits & 1:
