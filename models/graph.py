@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.band import ForecastBand
 from models.card import Modality
 from models.encoders import EfficientNetLite0, PatchEncoder, PixelEncoder
 from models.formulas import SMALLEST_DENOMINATOR, YEAR
 from models.heads import ClassificationHead, ForecastHead
 from models.indices import SpectralIndices
+from models.interval import EARLIER_PREFIX, ForecastInterval
 from models.timegrid import TimeGrid
 
 _BLUE = "B02"
@@ -80,7 +80,10 @@ class PixelGraph(nn.Module):
         self.encoder = encoder
         self.head = head
         self.others = nn.ModuleList(nn.ModuleList(pair) for pair in others)
-        self.band = ForecastBand(encoder.embedding) if isinstance(head, ForecastHead) else None
+        self.register_load_state_dict_pre_hook(_renamed)  # type: ignore[no-untyped-call]  # torch's own
+        self.interval = (
+            ForecastInterval(encoder.embedding) if isinstance(head, ForecastHead) else None
+        )
 
     sums: Tensor
 
@@ -138,8 +141,8 @@ class PixelGraph(nn.Module):
         Quantiles with the calibrated prediction interval.
         """
         outputs, embedding = self._networks(values, valid, days, day_of_year)
-        if self.band is not None:
-            calibrated: Tensor = self.band(torch.stack(outputs), embedding)
+        if self.interval is not None:
+            calibrated: Tensor = self.interval(torch.stack(outputs), embedding)
             return calibrated
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
 
@@ -198,6 +201,13 @@ class PixelGraph(nn.Module):
         """Sine and cosine of each step's day of the year (N, 2, M)."""
         angle = (day_of_year[:, None] + self.grid.grid) * (2.0 * math.pi / YEAR)
         return torch.stack([torch.sin(angle), torch.cos(angle)], dim=1)
+
+
+def _renamed(_: PixelGraph, state: dict[str, Tensor], prefix: str, *_more: object) -> None:
+    """Give weights of earlier versions their present names."""
+    before = prefix + EARLIER_PREFIX
+    for name in [name for name in state if name.startswith(before)]:
+        state[f"{prefix}interval.{name.removeprefix(before)}"] = state.pop(name)
 
 
 class PatchGraph(nn.Module):

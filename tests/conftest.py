@@ -37,7 +37,7 @@ LONGEST = (
     "test_client_service", "test_replicas", "test_pretrain", "test_threads",
     "test_unreachable_hosts", "test_backtest", "test_turns", "test_vector_guard", "test_jobs_store",
     "test_downloads", "test_json_fuzz", "test_real_input", "test_ogc", "test_jobs_process",
-    "test_jobs", "test_heads", "test_int8_scale", "test_embedding", "test_forecast_band",
+    "test_jobs", "test_heads", "test_int8_scale", "test_embedding", "test_forecast_interval",
     "test_security_leaks", "test_stac_items", "test_jobs_resume", "test_pipeline", "test_deploy",
     "test_keys", "test_descriptors", "test_training_regions",
 )  # fmt: skip

@@ -155,12 +155,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[PixelGraph, Path]:
 def calibrated_forecast(width: int = 16) -> PixelGraph:
     """Two networks, and a band that depends on the pixel."""
     graph = pixel_graph(members=2, task="forecast", bands=3, depths=(0, 1, 2), width=width)
-    assert graph.band is not None
-    graph.band.weight.copy_(torch.linspace(-1, 1, 32))
-    graph.band.far.fill_(1.5)
-    graph.band.power.fill_(0.5)
-    nn.init.normal_(graph.band.projection, std=0.3)
-    nn.init.normal_(graph.band.references)
+    assert graph.interval is not None
+    graph.interval.weight.copy_(torch.linspace(-1, 1, 32))
+    graph.interval.far.fill_(1.5)
+    graph.interval.power.fill_(0.5)
+    nn.init.normal_(graph.interval.projection, std=0.3)
+    nn.init.normal_(graph.interval.references)
     return graph
 
 
@@ -205,7 +205,7 @@ class TestFiles:
         check_parity(graph, path, crops)
         for name in ("far", "power"):  # what the band adds is in the file
             other = copy.deepcopy(graph)
-            getattr(other.band, name).fill_(0.8)
+            getattr(other.interval, name).fill_(0.8)
             with pytest.raises(ParityError):
                 check_parity(other, path, crops)
 

@@ -248,7 +248,9 @@ def regions(
     from training.regions import Plan, evaluate_bundle, evaluate_regions, evaluate_runs
 
     if (trained is None) != (without is None) or (bundle and trained):
-        raise typer.BadParameter("--trained and --without go together, and without --bundle")
+        raise typer.BadParameter(
+            "give --trained and --without together, and neither of them with --bundle"
+        )
 
     config = changed(configuration(name), settings or [])
     if bundle:

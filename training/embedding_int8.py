@@ -20,7 +20,7 @@ from training.datasets.eurosat import eurosat_rgb
 from training.datasets.points import pune_2019, s2_points
 from training.embedding import MIN_OBSERVATIONS, embed_crops, embed_patches
 from training.errors import TrainingError
-from training.export import VersionNotRaised, replaced_bundle
+from training.export import check_new_version, replaced_bundle
 from training.int8_scale import PROBES, Comparison, int8_of
 from training.legends import WORLDCOVER, crop_sets, relabelled
 from training.parity import Served
@@ -69,8 +69,7 @@ def measure_int8(
         card = load_bundle(folder).card
         if card.task != "embed":
             raise TrainingError(f"{card.id} is a model of {card.task}: give bundles of embeddings")
-        if version == card.version:
-            raise VersionNotRaised(f"the bundle is already {card.id}: give another --version")
+        check_new_version(card, version)
         kept = card.embedding_int8 if version is None else None
         field, found = int8_of(embedded(folder, card, data), kept.scale if kept else None)
         rows += [_row(card.name, field.scale, one) for one in found]

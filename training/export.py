@@ -35,7 +35,7 @@ from training.finetune import WEIGHTS, load_finished
 from training.graph_export import folded, in_half, quantise
 from training.onnx_export import OPSET, to_onnx
 from training.parity import HALF_TOLERANCE, Served, check_parity, check_parity_int8, random_inputs
-from training.regions import BAND, apply_calibration, read_report
+from training.regions import INTERVAL, apply_calibration, read_report
 from training.task import Graph, Inputs, Outputs, Task
 from training.validation_outputs import scores_of
 
@@ -87,7 +87,7 @@ def export_run(
         fields["regions"] = report.regions
         calibration = dict(report.calibration)
         if "band" in calibration:
-            fields["metrics"]["band"] = calibration.pop("note", BAND)
+            fields["metrics"]["band"] = calibration.pop("note", INTERVAL)
         fields["training"]["calibration"] = calibration
     one = [
         torch.from_numpy(array if key == "days" else array[:1])
@@ -220,6 +220,19 @@ def _variant(name: Precision, path: Path, loss: Mapping[str, float]) -> Variant:
         opset=OPSET,
         loss=dict(loss),
     )
+
+
+def check_new_version(card: ModelCard, version: str | None) -> None:
+    """Check that a changed bundle gets another version than its present one.
+
+    Raises:
+        VersionNotRaised: the versions are equal.
+    """
+    if card.version == version:
+        raise VersionNotRaised(
+            f"the bundle has the version {version} ({card.id}), and the changed bundle needs "
+            "another one: give a --version above it"
+        )
 
 
 def _version(folder: Path, requested: str | None, sha256: str) -> str:

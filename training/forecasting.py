@@ -14,10 +14,10 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.band import relative_disagreement
 from models.graph import PixelGraph
 from models.heads import ForecastHead
 from models.indices import SpectralIndices
+from models.interval import relative_disagreement
 from training.config import BANDS, INDICES, ForecastConfig
 from training.datasets import PixelSet, Scene
 from training.datasets.points import (

@@ -25,6 +25,7 @@ HALF_TOLERANCE = 3e-2
 # Largest allowed mean difference of an int8 variant on real input. Its scales fit real input only,
 # and a single value may differ by more.
 INT8_TOLERANCE = 2e-2
+_REMEDY = "do not serve the file; export it again with the versions in constraints.txt"
 
 
 class ParityError(Exception):
@@ -85,7 +86,8 @@ def check_parity_int8(graph: Graph, path: Path, real: Inputs) -> float:
     mean = float(np.nan_to_num(_difference(graph, session, real, path.name)).mean())
     if mean > INT8_TOLERANCE:
         raise ParityError(
-            f"{path.name} differs from torch by {mean:.1e} on average; {INT8_TOLERANCE} is allowed"
+            f"{path.name} differs from torch by {mean:.1e} on average, and at most "
+            f"{INT8_TOLERANCE} is allowed: {_REMEDY}"
         )
     return mean
 
@@ -109,7 +111,10 @@ def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = T
             worst, float(np.nan_to_num(_difference(graph, session, inputs, path.name)).max())
         )
     if worst > tolerance:
-        raise ParityError(f"{path.name} differs from torch by {worst:.1e}; {tolerance} is allowed")
+        raise ParityError(
+            f"{path.name} differs from torch by {worst:.1e}, and at most {tolerance} is allowed: "
+            f"{_REMEDY}"
+        )
     return worst
 
 
@@ -130,10 +135,13 @@ def _difference(
         expected = graph(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
     if served.shape != expected.shape:
         raise ParityError(
-            f"{name}: ONNX Runtime returns {served.shape}, torch returns {expected.shape}"
+            f"{name}: ONNX Runtime returns the shape {served.shape}, but torch returns "
+            f"{expected.shape}: {_REMEDY}"
         )
     if (np.isnan(served) != np.isnan(expected)).any():
-        raise ParityError(f"{name}: ONNX Runtime and torch return NaN for different inputs")
+        raise ParityError(
+            f"{name}: ONNX Runtime and torch return NaN for different inputs: {_REMEDY}"
+        )
     largest = max(1.0, float(np.nan_to_num(np.abs(expected)).max()))
     return np.asarray(np.abs(served - expected) / largest, np.float32)
 

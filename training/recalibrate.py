@@ -17,9 +17,9 @@ from training.bundle_weights import load_folded
 from training.card import write_card
 from training.config import Run
 from training.errors import TrainingError
-from training.export import VersionNotRaised, measured_loss, replaced_bundle, write_bundle
+from training.export import check_new_version, measured_loss, replaced_bundle, write_bundle
 from training.finetune import task_of
-from training.regions import BAND, Report, apply_calibration, read_report
+from training.regions import INTERVAL, Report, apply_calibration, read_report
 
 _TEMPERATURE = "head.temperature"
 
@@ -49,14 +49,14 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
         NoRegions: the folder `regions` holds no report.
     """
     card, report = load_bundle(folder).card, read_report(regions)
+    check_new_version(card, version)
     if card.task == "forecast":
-        return _with_band(folder, card, report, version=version, data=data or Path())
+        return _with_interval(folder, card, report, version=version, data=data or Path())
     if "temperature" not in report.calibration:
         raise NotCalibrated(
-            f"{regions} holds no temperature: give the folder of a classifier's regions"
+            f"{regions} has no temperature of a classifier's regions: give the folder that "
+            "'python -m training regions' wrote for a classifier"
         )
-    if card.version == version:
-        raise VersionNotRaised(f"the bundle is already {card.id}: give another --version")
     with replaced_bundle(folder) as new:
         variants = []
         for variant in card.variants:
@@ -76,14 +76,14 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
     return folder
 
 
-def _with_band(folder: Path, card: ModelCard, report: Report, *, version: str, data: Path) -> Path:
+def _with_interval(
+    folder: Path, card: ModelCard, report: Report, *, version: str, data: Path
+) -> Path:
     if "band" not in report.calibration:
         raise NotCalibrated(
             "the regions have no calibrated prediction interval: run `python -m training regions` "
             "with --bundle, and give the folder of that run"
         )
-    if card.version == version:
-        raise VersionNotRaised(f"the bundle is already {card.id}: give another --version")
     run = run_of_card(card, data)
     task = task_of(run)
     graph = load_folded(task.graph(), load_bundle(folder).path("float32"))
@@ -92,7 +92,7 @@ def _with_band(folder: Path, card: ModelCard, report: Report, *, version: str, d
     fields = {
         **card.model_dump(),
         "regions": report.regions,
-        "metrics": {**card.metrics, "band": BAND},
+        "metrics": {**card.metrics, "band": INTERVAL},
         "training": {**card.training, "calibration": report.calibration},
     }
     return write_bundle(

@@ -26,7 +26,6 @@ from sklearn.ensemble import RandomForestClassifier
 from models.graph import PixelGraph
 from models.heads import ClassificationHead, ForecastHead
 from models.registry import load_bundle
-from training.band import Band, Forecasts, Nearness, apply_band, fit_band, fit_nearness
 from training.bundle_weights import load_folded
 from training.calibration import (
     expected_calibration_error,
@@ -44,6 +43,14 @@ from training.errors import TrainingError
 from training.evaluate import regular_series
 from training.finetune import finetune, is_finished, load_finished, task_of
 from training.forecasting import SCORED_CUT, SCORED_SOURCE, PixelForecast, cut
+from training.interval import (
+    Forecasts,
+    Interval,
+    Nearness,
+    apply_interval,
+    fit_interval,
+    fit_nearness,
+)
 from training.landcover import PatchClassification
 from training.legends import WORLDCOVER, relabelled
 from training.score_tables import write_section
@@ -58,13 +65,13 @@ REGIONS = "regions.json"
 _NEARNESS = "nearness.npz"
 WHOLE = "all-regions"
 """Folder of the run that leaves no region out; it scores regions that are never trained on."""
-BAND = (
+INTERVAL = (
     "The coverage in `evaluation` is that of the networks' own interval, which was "
     "calibrated afterwards: `regions` has its coverage where the networks were not trained, "
     "`training.calibration.validation_places` that on the validation places, before "
     "(`coverage_beside`) and after."
 )
-"""What a card says about the band of a forecast."""
+"""What a card says about the prediction interval of a forecast."""
 _OUTPUTS_FILE = "left_out.npz"
 _EUROSAT = "eurosat"
 _AREA_COLUMNS = ("accuracy", "confidence", "calibration_error")
@@ -75,7 +82,7 @@ _PIXELS = 300
 # Number of the scored source's training series that a forecast's references are chosen from.
 _SCORED = 3000
 _YEAR = 365
-# Fewest regions on which a band is fitted: one is left out in turn.
+# Fewest regions on which a prediction interval is fitted: one is left out in turn.
 _FEWEST_REGIONS = 2
 _Forecasting = Callable[[PixelForecast, PixelGraph, SeriesTable], Outputs]
 _BESIDE = (
@@ -117,7 +124,7 @@ class Report:
     regions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Scores by region, for a card."""
     nearness: Nearness | None = field(default=None, compare=False)
-    """References of a forecast's band, too large for a card; None without a band."""
+    """References of a forecast's prediction interval, too large for a card; None without one."""
 
 
 def evaluate_regions(plan: Plan) -> Report:
@@ -155,8 +162,8 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
     """Score a forecast bundle where it was not trained, write the section and `regions.json`.
 
     Its regions are those of the data sets that its card does not name. Each is scored under the
-    band fitted on the others; the band of the bundle is fitted on all. No run is trained, so this
-    also calibrates weights whose runs are gone.
+    interval fitted on the others; the interval of the bundle is fitted on all. No run is trained,
+    so this also calibrates weights whose runs are gone.
 
     Args:
         bundle: the bundle's folder.
@@ -177,15 +184,16 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
     new = [name for i, name in enumerate(table.regions) if i not in seen]
     if len(new) < _FEWEST_REGIONS:
         raise NoRegions(
-            f"{found.card.id} was trained on all regions but {len(new)}, and a band needs "
-            f"{_FEWEST_REGIONS} to be fitted and scored on: give further data sets"
+            f"{found.card.id} was trained on all regions but {len(new)}, and at least "
+            f"{_FEWEST_REGIONS} other regions are required to fit and score its prediction "
+            "interval: give further data sets"
         )
     networks = _Forecaster(task=task, graph=graph, folder=plan.folder)
     nearness = networks.nearness([task.table.regions[i] for i in sorted(seen)])
     far = {name: _uncalibrated(networks.monthly(name), nearness) for name in new}
     outputs = {**{n: networks.monthly(n) for n in new}, **networks.never_trained_on(plan.run)}
     others = [networks.monthly(name)["embedding"] for name in networks.others(new)]
-    report = _band_report(outputs, far, networks.near(), others, nearness)
+    report = _interval_report(outputs, far, networks.near(), others, nearness)
     _write(plan, report, _forecast_lines(report.regions))
     return report
 
@@ -195,8 +203,8 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
 
     Their errors where they were not trained are taken from a run of the same configuration that
     left several regions out. Each of these is scored by that run, under the interval fitted on the
-    other ones. The band's factors are fitted on all of them, its classifier on the embeddings of
-    the networks that the band is for.
+    other ones. The interval's factors are fitted on all of them, its classifier on the embeddings
+    of the networks that the interval is for.
 
     Args:
         trained: folder of the finished run to calibrate. If it was trained on the validation
@@ -211,8 +219,9 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     away_run, away = _forecaster(without, plan.folder / "without")
     if len(away_run.left_out) < _FEWEST_REGIONS:
         raise NoRegions(
-            f"{without} leaves out {len(away_run.left_out)} regions, and a band needs "
-            f"{_FEWEST_REGIONS} to be fitted and scored on: give --left-out more often"
+            f"{without} leaves out {len(away_run.left_out)} regions, and at least "
+            f"{_FEWEST_REGIONS} are required to fit and score a prediction interval: train that "
+            "run again with more --left-out"
         )
     before = ours
     if run.everything:
@@ -222,7 +231,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     others = [away.monthly(name)["embedding"] for name in away.others(names)]
     distant = away.nearness(away.trained_on())
     far = {name: _uncalibrated(own, distant) for name, own in there.items()}
-    scored = _band_report(there, far, away.near(), others, distant).regions
+    scored = _interval_report(there, far, away.near(), others, distant).regions
     regions = {name: dict(scores) for name, scores in scored.items()}
     beside_own = before.nearness(before.trained_on())
     # Networks that were trained on the validation places cannot state how far such places lie.
@@ -230,7 +239,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     if ours is not before:
         nearness = ours.nearness(ours.trained_on(), unit=beside_own.unit)
     near = [_uncalibrated(o, beside_own) for o in before.near()]
-    band = fit_band(
+    interval = fit_interval(
         near,
         list(far.values()),
         embeddings=(
@@ -240,18 +249,18 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
         narrower=_narrower(away, before, names),
     )
     for name, own in ours.never_trained_on(plan.run).items():
-        regions[name] = forecast_region(own, band.scaled(_uncalibrated(own, nearness)))
+        regions[name] = forecast_region(own, interval.scaled(_uncalibrated(own, nearness)))
     for name in names:
         # Places that these networks did not see, in regions that they did; Victoria has none.
         held_out = before.held_out(name)
         if held_out is None:
             continue
-        beside = forecast_region(held_out, band.scaled(_uncalibrated(held_out, beside_own)))
+        beside = forecast_region(held_out, interval.scaled(_uncalibrated(held_out, beside_own)))
         regions[name] |= {"beside_training_places": {key: beside[key] for key in _BESIDE}}
     calibration = {
-        **_calibration(band, before.near(), beside_own),
+        **_calibration(interval, before.near(), beside_own),
         "note": (
-            f"{BAND} {', '.join(names)}: `regions` has the scores of a run of the same "
+            f"{INTERVAL} {', '.join(names)}: `regions` has the scores of a run of the same "
             "configuration that left all of them out, each under the interval fitted on the other "
             "ones; `beside_training_places` has those of the networks trained on other places of "
             "them."
@@ -347,37 +356,37 @@ def _forecaster(run: Path, folder: Path) -> tuple[Run, _Forecaster]:
     return settings, _Forecaster(task=task, graph=graph, folder=folder)
 
 
-def _band_report(
+def _interval_report(
     outputs: Mapping[str, Outputs],
     far: Mapping[str, Forecasts],
     near: Sequence[Outputs],
     others: Sequence[Floats],
     nearness: Nearness,
 ) -> Report:
-    """Scores of each region under the band of the other ones, and the band of all.
+    """Scores of each region under the interval of the other ones, and the interval of all.
 
     Args:
         outputs: forecasts on each region.
-        far: those of them that a band may be fitted on.
+        far: those of them that an interval may be fitted on.
         near: forecasts on the validation places.
         others: embeddings of further series.
         nearness: of the networks.
     """
     places = [_uncalibrated(o, nearness) for o in near]
 
-    def fitted(names: Sequence[str]) -> Band:
-        return fit_band(places, [far[n] for n in names], others)
+    def fitted(names: Sequence[str]) -> Interval:
+        return fit_interval(places, [far[n] for n in names], others)
 
     regions = {}
     for name, own in outputs.items():
-        band = fitted([n for n in far if n != name])
-        regions[name] = forecast_region(own, band.scaled(_uncalibrated(own, nearness)))
+        interval = fitted([n for n in far if n != name])
+        regions[name] = forecast_region(own, interval.scaled(_uncalibrated(own, nearness)))
     calibration = _calibration(fitted(list(far)), near, nearness)
     return Report(calibration=calibration, regions=regions, nearness=nearness)
 
 
 def _narrower(wide: _Forecaster, narrow: _Forecaster, away: Sequence[str]) -> float:
-    """How much wider the own band of networks is than that of others, where both were trained.
+    """How much wider the own interval of networks is than that of others, where both were trained.
 
     The mean over the validation places and the places held out in regions other than those that
     the first run left out (`away`).
@@ -395,12 +404,12 @@ def _half_width(own: Outputs) -> float:
     return float(np.ptp(own["quantiles"], axis=-1)[own["known"]].mean() / 2.0)
 
 
-def _calibration(band: Band, near: Sequence[Outputs], nearness: Nearness) -> dict[str, Any]:
-    """A band, and its scores on forecasts of the validation places."""
+def _calibration(interval: Interval, near: Sequence[Outputs], nearness: Nearness) -> dict[str, Any]:
+    """A prediction interval, and its scores on forecasts of the validation places."""
     keys = ("n", "rmse", "coverage", "coverage_beside", "coverage_by_step")
-    validation = [forecast_region(o, band.scaled(_uncalibrated(o, nearness))) for o in near]
+    validation = [forecast_region(o, interval.scaled(_uncalibrated(o, nearness))) for o in near]
     return {
-        "band": band.document(),
+        "band": interval.document(),
         "validation_places": [{key: scores[key] for key in keys} for scores in validation],
     }
 
@@ -414,8 +423,8 @@ def _uncalibrated(own: Outputs, nearness: Nearness) -> Forecasts:
 def apply_calibration(graph: Graph, report: Report) -> None:
     """Write a calibration across regions into a graph, in place."""
     calibration = report.calibration
-    if report.nearness is not None and isinstance(graph, PixelGraph) and graph.band is not None:
-        apply_band(graph.band, calibration["band"], report.nearness)
+    if report.nearness is not None and isinstance(graph, PixelGraph) and graph.interval is not None:
+        apply_interval(graph.interval, calibration["band"], report.nearness)
     for head in graph.modules():
         if isinstance(head, ClassificationHead):
             head.temperature.fill_(calibration["temperature"])
@@ -898,12 +907,12 @@ def _coverage(quantiles: Floats, target: Floats, known: NDArray[np.bool_]) -> fl
 
 def _forecast_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield (
-        "Each region was left out of training completely, and its 80 % band is calibrated on the "
-        "other regions left out. Forecasts start on the first day of every month that the series "
-        "allow; targets are the clear observations as they are. RMSE is the mean of the RMSE of "
-        "NDVI, EVI and SAVI. Last year is the clear date nearest to the day one year before, "
-        "within ten days, if there is one; `where last year is known` is our RMSE on the same "
-        "targets. `pune` is never trained on. One seed."
+        "Each region was left out of training completely, and its 80 % interval is calibrated on "
+        "the other regions left out. Forecasts start on the first day of every month that the "
+        "series allow; targets are the clear observations as they are. RMSE is the mean of the "
+        "RMSE of NDVI, EVI and SAVI. Last year is the clear date nearest to the day one year "
+        "before, within ten days, if there is one; `where last year is known` is our RMSE on the "
+        "same targets. `pune` is never trained on. One seed."
     )
     yield ""
     yield from _forecast_table(regions)
@@ -924,7 +933,7 @@ def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) 
     yield ""
     yield (
         "The same regions by networks that were trained on other places of them, with the "
-        "bundle's band:"
+        "bundle's interval:"
     )
     yield ""
     beside = "beside_training_places"

@@ -1,4 +1,4 @@
-"""The band of a forecast, calibrated by how far a pixel lies from the training data.
+"""The prediction interval of a forecast, calibrated by how far a pixel lies from the training data.
 
 Shapes: N pixels, R networks, D numbers of an embedding, H steps of a forecast, S spectral indices,
 Q quantiles, K references, P directions.
@@ -13,25 +13,27 @@ REFERENCES, DIRECTIONS = 4096, 48
 """K, and the largest P."""
 CLOSEST, FARTHEST = 0.9, 3.0
 """Bounds of a relative distance."""
+EARLIER_PREFIX = "band."
+"""Prefix of the interval's weights in files of earlier versions, instead of `interval.`."""
 _NARROWEST = 1e-3
-"""Least half width of a band, index units, that the disagreement is compared with."""
+"""Least half width of an interval, index units, that the disagreement is compared with."""
 
 
-class ForecastBand(nn.Module):
+class ForecastInterval(nn.Module):
     """Scales the distances of the outer quantiles from the median; by 1 until it is calibrated.
 
-    A network errs more on series unlike those that it was trained on, and its own band does not
-    show it. Three signs do: several networks disagree about such pixels (Lakshminarayanan et al.
-    2017, arXiv 1612.01474), their embedding lies far from those of the training series (compare
+    A network errs more on series unlike those that it was trained on, and its own interval does
+    not show it. Three signs do: several networks disagree about such pixels (Lakshminarayanan et
+    al. 2017, arXiv 1612.01474), their embedding lies far from those of the training series (compare
     Sun et al. 2022, arXiv 2204.06507), and a linear classifier of the embedding distinguishes them
     from the series that are like those of the validation places. The factor of a pixel is
 
         sqrt(1 + (disagreement * d)^2) * r^power * near^(1 - g) * far^g
 
-    where d is the standard deviation of the networks' medians, in half widths of the band, means
-    over steps and indices; r is the distance of its embedding from the nearest of K references,
-    which are embeddings of training series, in median distances of the validation places; g, 0 to
-    1, is the classifier's probability of another region.
+    where d is the standard deviation of the networks' medians, in half widths of the interval,
+    means over steps and indices; r is the distance of its embedding from the nearest of K
+    references, which are embeddings of training series, in median distances of the validation
+    places; g, 0 to 1, is the classifier's probability of another region.
 
     Args:
         embedding: D.
@@ -93,7 +95,7 @@ class ForecastBand(nn.Module):
 
 
 def relative_disagreement(outputs: Tensor) -> Tensor:
-    """Standard deviation of the networks' medians in half widths of their mean band (N).
+    """Standard deviation of the networks' medians in half widths of their mean interval (N).
 
     Args:
         outputs: quantiles of each network (R, N, H, S, Q), index units.
@@ -107,12 +109,14 @@ def relative_disagreement(outputs: Tensor) -> Tensor:
     return apart / torch.clamp(half, min=_NARROWEST)
 
 
-def _not_calibrated(band: ForecastBand, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+def _not_calibrated(
+    interval: ForecastInterval, state: dict[str, Tensor], prefix: str, *_: object
+) -> None:
     """Set a calibration that changes nothing in the weights of earlier versions.
 
     They have no calibration, or one of another shape; it is fitted after the weights are.
     """
-    for name, value in ForecastBand(len(band.weight)).state_dict().items():
+    for name, value in ForecastInterval(len(interval.weight)).state_dict().items():
         stored = state.get(prefix + name)
         if stored is None or stored.shape != value.shape:
             state[prefix + name] = value

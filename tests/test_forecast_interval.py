@@ -1,4 +1,4 @@
-"""The band of a forecast by how far a pixel lies from the training data."""
+"""The prediction interval of a forecast by how far a pixel lies from the training data."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from models.band import ForecastBand, relative_disagreement
 from models.encoders import PixelEncoder
 from models.graph import PixelGraph
 from models.heads import ForecastHead
-from training.band import Band, Forecasts, Nearness, apply_band, fit_band, fit_nearness
+from models.interval import ForecastInterval, relative_disagreement
 from training.config import BANDS, INDICES, ZOO, Run, changed
 from training.datasets import PixelSet
 from training.finetune import finetune, load_encoder, load_finished
 from training.forecasting import SCORED_SOURCE
+from training.interval import (
+    Forecasts,
+    Interval,
+    Nearness,
+    apply_interval,
+    fit_interval,
+    fit_nearness,
+)
 from training.networks import pixel_graph
 from training.regions import (
     NoRegions,
@@ -44,8 +51,8 @@ class TestBand:
     def test_it_changes_nothing_until_it_is_calibrated(self) -> None:
         rng = np.random.default_rng(0)
         outputs = torch.from_numpy(outputs_of(rng))
-        band = ForecastBand(D)
-        after = band(outputs, torch.from_numpy(rng.normal(size=(N, D))))
+        interval = ForecastInterval(D)
+        after = interval(outputs, torch.from_numpy(rng.normal(size=(N, D))))
         torch.testing.assert_close(after, outputs.mean(dim=0))
 
     def test_the_graph_computes_what_the_calibration_computes(self) -> None:
@@ -65,15 +72,15 @@ class TestBand:
             target=mean[..., 1],
             known=np.ones((N, H, S), bool),
         )
-        calibrated = Band(
+        calibrated = Interval(
             weight=rng.normal(size=D).round(3),
             bias=0.25,
             near=0.9,
             far=1.4,
         )
-        band = ForecastBand(D)
-        apply_band(band, calibrated.document(), nearness)
-        after = band(torch.from_numpy(outputs), torch.from_numpy(embedding)).numpy()
+        interval = ForecastInterval(D)
+        apply_interval(interval, calibrated.document(), nearness)
+        after = interval(torch.from_numpy(outputs), torch.from_numpy(embedding)).numpy()
         np.testing.assert_allclose(after, calibrated.scaled(found), atol=1e-5)
         assert len(np.unique(found.distance)) > N // 4
         np.testing.assert_allclose(after[..., 1], mean[..., 1])
@@ -92,11 +99,14 @@ class TestBand:
             encoder=PixelEncoder(width=8, embedding=D, calendar=True),
             head=ForecastHead(D, steps=36, indices=3, horizon=H, quantiles=3),
         )
-        state = {n: v for n, v in graph.state_dict().items() if not n.startswith("band.")}
-        assert graph.band is not None
-        graph.band.far.fill_(2.0)
+        state = {n: v for n, v in graph.state_dict().items() if not n.startswith("interval.")}
+        assert graph.interval is not None
+        graph.interval.far.fill_(2.0)
         graph.load_state_dict(state)
-        assert (graph.band.far == 1).all()
+        assert (graph.interval.far == 1).all()
+        # The calibration had another name.
+        graph.load_state_dict(state | {"band.far": torch.full((), 3.0)})
+        assert (graph.interval.far == 3).all()
 
     def test_a_calibration_of_an_earlier_shape_does_not_cost_networks(self, tmp_path: Path) -> None:
         config = changed(ZOO["forecast-vi"], ["encoder.width=8", "encoder.embedding=16"])
@@ -120,7 +130,7 @@ class TestBand:
 def forecasts(
     rng: np.random.Generator, domain: float, error: float, n: int = 1500, distance: float = 1.0
 ) -> Forecasts:
-    """Forecasts whose band is right for an error of 0.1; `domain` moves the embedding."""
+    """Forecasts whose interval is right for an error of 0.1; `domain` moves the embedding."""
     median = rng.uniform(0.2, 0.8, (n, H, S))
     half = 0.1 * 1.2815516
     return Forecasts(
@@ -133,8 +143,8 @@ def forecasts(
     )
 
 
-def coverage(band: Band, found: Forecasts) -> float:
-    after = band.scaled(found)
+def coverage(interval: Interval, found: Forecasts) -> float:
+    after = interval.scaled(found)
     inside = (found.target >= after[..., 0]) & (found.target <= after[..., 2])
     return float(inside[found.known].mean())
 
@@ -144,31 +154,33 @@ class TestFit:
         rng = np.random.default_rng(0)
         near = [forecasts(rng, -1.5, 0.1)]
         far = [forecasts(rng, 1.5, error) for error in (0.17, 0.2)]
-        band = fit_band(near, far)
-        assert coverage(band, forecasts(rng, -1.5, 0.1)) == pytest.approx(0.815, abs=0.02)
+        interval = fit_interval(near, far)
+        assert coverage(interval, forecasts(rng, -1.5, 0.1)) == pytest.approx(0.815, abs=0.02)
         # Wider than 0.8 by design: a further region differs from those fitted on.
-        assert 0.78 < coverage(band, forecasts(rng, 1.5, 0.185)) < 0.88
-        assert coverage(band, forecasts(rng, -1.5, 0.185)) < 0.7
+        assert 0.78 < coverage(interval, forecasts(rng, 1.5, 0.185)) < 0.88
+        assert coverage(interval, forecasts(rng, -1.5, 0.185)) < 0.7
 
     def test_networks_that_disagree_widen_the_band(self) -> None:
         rng = np.random.default_rng(1)
-        band = fit_band([forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)])
+        interval = fit_interval([forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)])
         sure, unsure = forecasts(rng, 1.5, 0.2), forecasts(rng, 1.5, 0.3)
-        widths = [np.ptp(band.scaled(found), axis=-1).mean() for found in (sure, unsure)]
+        widths = [np.ptp(interval.scaled(found), axis=-1).mean() for found in (sure, unsure)]
         assert widths[1] > 1.1 * widths[0]
 
-    def test_series_unlike_the_training_series_have_a_wider_band(self) -> None:
+    def test_series_unlike_the_training_series_have_a_wider_interval(self) -> None:
         rng = np.random.default_rng(4)
-        band = fit_band([forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2, distance=1.6)])
+        interval = fit_interval(
+            [forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2, distance=1.6)]
+        )
         like, unlike = (forecasts(rng, 1.5, 0.2, distance=d) for d in (1.0, 1.6))
-        widths = [np.ptp(band.scaled(found), axis=-1).mean() for found in (like, unlike)]
+        widths = [np.ptp(interval.scaled(found), axis=-1).mean() for found in (like, unlike)]
         assert widths[1] > 1.2 * widths[0]
-        assert 0.78 < coverage(band, unlike) < 0.86
+        assert 0.78 < coverage(interval, unlike) < 0.86
 
     def test_networks_with_a_narrower_band_have_larger_factors_elsewhere(self) -> None:
         rng = np.random.default_rng(5)
         near, far = [forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)]
-        plain, corrected = fit_band(near, far), fit_band(near, far, narrower=1.1)
+        plain, corrected = fit_interval(near, far), fit_interval(near, far, narrower=1.1)
         assert corrected.far == pytest.approx(1.1 * plain.far)
         assert corrected.near == plain.near
 
@@ -177,7 +189,7 @@ class TestFit:
         near, small = [forecasts(rng, -1.5, 0.1)], forecasts(rng, 1.5, 0.3, n=400)
         large = forecasts(rng, 1.5, 0.15, n=4000)
         thinned = Forecasts(**{name: value[:400] for name, value in vars(large).items()})
-        both, alike = fit_band(near, [small, large]), fit_band(near, [small, thinned])
+        both, alike = fit_interval(near, [small, large]), fit_interval(near, [small, thinned])
         assert both.far == pytest.approx(alike.far, rel=0.1)
 
 
@@ -274,7 +286,7 @@ class TestRuns:
         assert beside["n"] < 0.5 * flanders["n"]
         assert beside["rmse"] != flanders["rmse"]
         assert "beside_training_places" not in report.regions["hesbaye"]
-        # The band of the bundle, around the forecasts of its own networks.
+        # The interval of the bundle, around the forecasts of its own networks.
         _, task, graph, _ = load_finished(runs / "last")
         pune = tabulate([season("pune", "pune", 260)], task.config.window, least=6)
         made = _forecasts_from_every_month(task, graph, pune)
@@ -285,8 +297,10 @@ class TestRuns:
         found = Forecasts(**{name: made[name] for name in names}, distance=distance)
         stored = dict(report.calibration["band"])
         assert (stored.pop("disagreement"), stored.pop("power")) == (6.0, 0.5)
-        band = Band(**{**stored, "weight": np.asarray(stored["weight"])})
-        assert report.regions["pune"]["coverage"] == pytest.approx(coverage(band, found), abs=2e-3)
+        interval = Interval(**{**stored, "weight": np.asarray(stored["weight"])})
+        assert report.regions["pune"]["coverage"] == pytest.approx(
+            coverage(interval, found), abs=2e-3
+        )
         text = (runs / "results.md").read_text()
         assert f"| flanders | {flanders['n']} | {flanders['rmse']:.3f} |" in text
         assert f"| flanders | {beside['n']} | {beside['rmse']:.3f} |" in text

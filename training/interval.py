@@ -1,7 +1,7 @@
-"""Calibration of a forecast's band across regions: see `models.band.ForecastBand`.
+"""Calibration across regions of a forecast's prediction interval: `models.interval`.
 
 embeddings of training series -> references -> distances
-forecasts on validation places and in regions not trained on -> classifier, factors -> band
+forecasts on validation places and in regions not trained on -> classifier, factors -> interval
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from models.band import CLOSEST, DIRECTIONS, FARTHEST, REFERENCES, ForecastBand
+from models.interval import CLOSEST, DIRECTIONS, FARTHEST, REFERENCES, ForecastInterval
 
 Floats = NDArray[np.floating[Any]]
 # Weight of the disagreement of the networks, power of the distance, and shares of the targets
-# inside the band: chosen on regions left out (docs/decisions/forecasts.md). The shares are above
-# 0.8, because further places differ from all those that the factors are fitted on.
+# inside the interval: chosen on regions left out (docs/decisions/forecasts.md). The shares are
+# above 0.8, because further places differ from all those that the factors are fitted on.
 _DISAGREEMENT = 6.0
 _POWER = 0.5
 _FAR_SHARE = 0.82
@@ -113,7 +113,7 @@ class Forecasts:
         return np.asarray(apart * self.distance**_POWER)
 
     def ratios(self) -> Floats:
-        """Smallest factor on the widened band that holds each known target."""
+        """Smallest factor on the widened interval that holds each known target."""
         factor = self.widening()[:, None, None]
         median = self.quantiles[..., 1]
         off = self.target - median
@@ -124,8 +124,8 @@ class Forecasts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Band:
-    """The calibration of a `ForecastBand`, except its nearness."""
+class Interval:
+    """The calibration of a `ForecastInterval`, except its nearness."""
 
     weight: Floats
     """Weights of the classifier (D)."""
@@ -136,7 +136,7 @@ class Band:
     """Factor on others."""
 
     def scaled(self, found: Forecasts) -> Floats:
-        """Calibrated quantiles (N, H, S, 3): a plain reference for `ForecastBand`."""
+        """Calibrated quantiles (N, H, S, 3): a plain reference for `ForecastInterval`."""
         odds = found.embedding @ self.weight + self.bias
         other = 1.0 / (1.0 + np.exp(-odds))
         factor = self.near ** (1.0 - other) * self.far**other * found.widening()
@@ -155,14 +155,14 @@ class Band:
         }
 
 
-def fit_band(
+def fit_interval(
     near: Sequence[Forecasts],
     far: Sequence[Forecasts],
     others: Sequence[Floats] = (),
     *,
     embeddings: tuple[Sequence[Floats], Sequence[Floats]] | None = None,
     narrower: float = 1.0,
-) -> Band:
+) -> Interval:
     """Fit classifier and factors; regions have the same weight, whatever their size.
 
     Args:
@@ -171,9 +171,9 @@ def fit_band(
         others: embeddings (N, D) of further series unlike those of the validation places, for the
             classifier alone.
         embeddings: of the series of the validation places and of others (each N, D), by the
-            networks that the band is for; None where the forecasts are theirs.
-        narrower: how much wider the own band of the networks that `far` is from is than that of
-            the networks that the band is for.
+            networks that the interval is for; None where the forecasts are theirs.
+        narrower: how much wider the own interval of the networks that `far` is from is than that of
+            the networks that the interval is for.
     """
     ours, theirs = embeddings or (
         [f.embedding for f in near],
@@ -188,7 +188,7 @@ def fit_band(
     classifier = LogisticRegression(C=_INVERSE_PENALTY, max_iter=200)
     classifier.fit((x - mean) / deviation, label, sample_weight=share * len(x) / share.sum())
     weight = classifier.coef_[0] / deviation
-    return Band(
+    return Interval(
         weight=weight,
         bias=float(classifier.intercept_[0] - mean @ weight),
         near=_factor(near, _NEAR_SHARE),
@@ -197,7 +197,7 @@ def fit_band(
 
 
 def _factor(parts: Sequence[Forecasts], share: float) -> float:
-    """Factor whose band holds a share of the targets; parts have the same weight."""
+    """Factor whose interval holds a share of the targets; parts have the same weight."""
     ratios = [part.ratios() for part in parts]
     weights = np.concatenate([np.full(len(r), 1 / max(len(r), 1)) for r in ratios])
     joined = np.concatenate(ratios)
@@ -209,13 +209,15 @@ def _factor(parts: Sequence[Forecasts], share: float) -> float:
     return max(float(joined[order][place]), _LEAST_FACTOR)
 
 
-def apply_band(band: ForecastBand, document: Mapping[str, Any], nearness: Nearness) -> None:
-    """Write a calibration into a graph's band, in place."""
+def apply_interval(
+    interval: ForecastInterval, document: Mapping[str, Any], nearness: Nearness
+) -> None:
+    """Write a calibration into a graph's interval, in place."""
     values = {
         **document,
         "projection": nearness.projection,
         "references": nearness.references,
     }
-    for name, _ in band.named_buffers():
+    for name, _ in interval.named_buffers():
         value = torch.as_tensor(values[name], dtype=torch.float32)
-        getattr(band, name).copy_(value)
+        getattr(interval, name).copy_(value)
