@@ -428,6 +428,36 @@ def test_numbers_that_are_parts_of_names_do_not_count_dates(names: tuple[str, ..
     assert behind_counts(names) == (names, None)
 
 
+@pytest.mark.parametrize("text", ["B1", "Band 1", "B04", "red"])
+def test_names_of_files_count_before_a_description_that_all_of_them_have(
+    tmp_path: Path, text: str
+) -> None:
+    files = [
+        write(tmp_path / f"x_2021010{t}_{band}.tif", bands_of((band, t)), descriptions=[text])
+        for t in (1, 2)
+        for band in (*NEEDED, "SCL")
+    ]
+    stack = opened(files)
+    assert (stack.mask, band_numbers(stack), stack.warnings) == ("scl", expected(1, 2), ())
+
+
+def test_names_and_descriptions_of_different_bands_are_named(tmp_path: Path) -> None:
+    named = {"B02": "B04", "B04": "B02", "B08": "nir narrow"}
+    files = [
+        write(
+            tmp_path / f"x_2021010{t}_{named[band]}.tif", bands_of((band, t)), descriptions=[band]
+        )
+        for t in (1, 2)
+        for band in NEEDED
+    ]
+    stack = opened(files, mask="none")
+    assert band_numbers(stack) == expected(1, 2)  # by the descriptions
+    (warning,) = stack.warnings
+    assert warning.code == "bands_contradicted"
+    assert "_B04.tif' is B04 by its name and B02 by its description" in warning.detail
+    assert "(4 of 6 files are so)" in warning.detail
+
+
 def test_dates_in_another_order_than_the_files_are_numbered(tmp_path: Path) -> None:
     files = [one_date(tmp_path / f"x_{t}.tif", t) for t in (1, 10, 2)]
     stack = opened(files, dates=(D1, D2, D3), mask="none")

@@ -25,6 +25,7 @@ from service.read.band_names import (
     QA60,
     QUALITY,
     TWINS,
+    are_near,
     band_of,
     positions_in_names,
     quality_of,
@@ -60,7 +61,7 @@ from service.read.masks import (
     MaskRule,
     parse_mask,
 )
-from service.read.sensors import sensor_named
+from service.read.sensors import ITEM_BAND, sensor_named, sensor_of
 
 _NAMED_AT_MOST = 5
 _UNUSED_IN_FULL = 100
@@ -152,7 +153,7 @@ def arrange(
     single = [header.name for header in headers if header.count == 1]
     counting = positions_in_names(single)
     query = LayoutQuery(
-        files=tuple(DescribedFile(header, header.name in counting) for header in headers),
+        files=_named_apart([DescribedFile(one, one.name in counting) for one in headers]),
         dates=options.dates,
         names=options.bands and tuple(map(_canonical, options.bands)),
         needed=tuple(bands),
@@ -199,6 +200,20 @@ def arrange(
         cloud_bands=tuple(b for b in for_clouds if b not in found) if estimated else None,
         warnings=tuple(warnings),
     )
+
+
+def _named_apart(files: Sequence[DescribedFile]) -> tuple[DescribedFile, ...]:
+    """The files, where those of one band go by their names if all have the same description.
+
+    Programs describe the only band of a file as B1 or Band 1, or keep the description of another
+    file whose profile they copied.
+    """
+    single = [file for file in files if file.count == 1 and file.bands[0] and file.name_band]
+    single = [f for f in single if f.bands[0] not in QUALITY | {ALPHA} and f.name_band != ALPHA]
+    if len({f.bands[0] for f in single}) != 1 or len({f.name_band for f in single}) < 2:
+        return tuple(files)
+    named = set(map(id, single))
+    return tuple(replace(f, by_name=True) if id(f) in named else f for f in files)
 
 
 def _canonical(name: str) -> str:
@@ -449,6 +464,9 @@ def _tags_contradicted(
 def _bands_contradicted(query: LayoutQuery) -> Iterator[StackWarning]:
     """The warning that the request names bands otherwise than the files do themselves."""
     names, files = query.names or (), query.named
+    if query.names is None:
+        yield from _names_contradicted(query)
+        return
     if len(files) == len(names) and all(file.count == 1 for file in files):
         pairs = [(file, 1, name, file.own_band) for file, name in zip(files, names, strict=True)]
     else:
@@ -466,6 +484,27 @@ def _bands_contradicted(query: LayoutQuery) -> Iterator[StackWarning]:
             f"`bands` names band {k} of '{file.name}' {name}, and the file itself {own} "
             f"({len(other)} of {counted(len(pairs), 'band')} are so): what `bands` gives is used; "
             "check its order, or leave it out"
+        )
+        yield StackWarning(code="bands_contradicted", detail=detail)
+
+
+def _names_contradicted(query: LayoutQuery) -> Iterator[StackWarning]:
+    """The warning that names of files of one band contradict their descriptions or tags."""
+    single = [file for file in query.files if file.count == 1 and file.bands[0]]
+    single = [file for file in single if ITEM_BAND not in file.header.band_tags[0]]
+    other = []
+    for file in single:
+        own = band_of(stem(file.name))
+        if own and file.bands[0] and not are_near(own, file.bands[0]):
+            found = sensor_of(file.header)
+            if found is None or found[0].bands is None:  # else by the sensor's numbers
+                other.append((file, own))
+    if other:
+        file, own = other[0]
+        detail = (
+            f"'{file.name}' is {own} by its name and {file.bands[0]} by its description or tags "
+            f"({len(other)} of {counted(len(single), 'file')} are so): {file.bands[0]} is used; "
+            "give `bands` to decide, one name per file"
         )
         yield StackWarning(code="bands_contradicted", detail=detail)
 

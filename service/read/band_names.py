@@ -310,6 +310,11 @@ def _band(text: str) -> str | None:
     return band if named <= near else None
 
 
+def are_near(band: str, other: str) -> bool:
+    """Whether names of two bands may occur for one without contradiction: B08 and B8A."""
+    return band == other or any({band, other} <= family for family in _FAMILIES)
+
+
 _usual_band = lru_cache(maxsize=1024)(_band)
 
 

@@ -98,6 +98,8 @@ class DescribedFile:
     header: Header
     counted: bool = False
     """Whether the file's name only counts the bands of a stack, so that it names none."""
+    by_name: bool = False
+    """Whether the name of a file of one band counts, because its description is that of others."""
 
     @property
     def name(self) -> str:
@@ -112,6 +114,8 @@ class DescribedFile:
     @cached_property
     def bands(self) -> tuple[str | None, ...]:
         """The name of each band by its description or tags, also of quality bands and alpha."""
+        if self.by_name:
+            return (None,)
         mask = quality_of(stem(self.name)) if self.count > 1 else None
         if mask == UDM2 or {(d or "").lower() for d in self.header.descriptions} >= _UDM2_BANDS:
             return (UDM2, *[None] * (self.count - 1))
