@@ -25,6 +25,7 @@ from service.api.routes import health, tasks
 from service.jobs.store import JobStore
 from service.run.execute import execute
 from service.telemetry import JsonFormatter, Metrics
+from tests.kits.clock import JumpingClock
 from tests.kits.jobs import ASYNC, SERIES, waited
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import write
@@ -287,24 +288,25 @@ def test_requests_for_metrics_share_a_text_that_is_made_after_the_last_of_them()
         events.append("made")
         return str(len(events)).encode()
 
-    async def ask(text: SharedText) -> int:
-        events.append("asked")
-        asked = len(events)
+    async def request(text: SharedText) -> int:
+        events.append("requested")
+        requested = len(events)
         found = int(await text.latest())
         assert events[found - 1] == "made"
-        assert found > asked
+        assert found > requested
         return found
 
-    async def ask_at_once() -> list[int]:
-        text = SharedText(make, interval=0.01, burst=20)
-        found = await asyncio.gather(*(ask(text) for _ in range(300)))
+    async def request_at_once() -> list[int]:
+        text = SharedText(make, interval=0.125, burst=20)
+        found = await asyncio.gather(*(request(text) for _ in range(300)))
         # One that leaves takes nothing from those that wait with it.
-        leaving, staying = (asyncio.create_task(ask(text)) for _ in range(2))
+        leaving, staying = (asyncio.create_task(request(text)) for _ in range(2))
         await asyncio.sleep(0)
         leaving.cancel()
         return [*found, await staying]
 
-    found = asyncio.run(ask_at_once())
+    with asyncio.Runner(loop_factory=JumpingClock) as runner:
+        found = runner.run(request_at_once())
     assert events.count("made") == 20 + 1 + 1
     assert len(set(found[:20])) == 20
     assert len(set(found[20:300])) == 1
@@ -327,7 +329,7 @@ def test_what_is_open_is_closed_where_the_service_is_private(zoo: Path) -> None:
                 assert api.head(path, headers=headers).status_code == 401
             known = api.get(path, headers={"Authorization": f"Bearer {KEY}"})
             assert known.status_code == (404 if path == "/explorer/demo" else 200)
-        # The explorer is the same page for everybody, and asks for the key itself.
+        # The explorer is the same page for everybody, and has a dialog for the key.
         assert api.get("/").status_code == 200
         # A load balancer has no key: it sees whether, and nothing of what.
         assert api.get("/health/live").json() == {"status": "live"}
@@ -336,7 +338,7 @@ def test_what_is_open_is_closed_where_the_service_is_private(zoo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_private_service_does_not_tell_why_it_is_not_ready(zoo: Path) -> None:
+def test_a_private_service_does_not_state_why_it_is_not_ready(zoo: Path) -> None:
     with served(model_dir=zoo, api_keys=(KEY,), private=True, min_free_bytes=2**60) as api:
         assert unready(api).startswith("the service is not ready; with an API key")
         response = api.get("/health/ready", headers={"X-API-Key": KEY})

@@ -27,7 +27,7 @@ from service.api.auth import (
     share_of,
 )
 from service.api.negotiation import ASYNC, UPGRADE, prefers
-from service.api.quotas import Quotas
+from service.api.quotas import Quotas, Rate
 from service.api.scratch import Scratch
 from service.api.sending import READERS, Downloads
 from service.api.uploads import Limits
@@ -48,8 +48,8 @@ from service.telemetry import Metrics
 class SharedText:
     """A text that is made for each request, up to a rate.
 
-    Making it takes the event loop, and anyone may request it. Beyond the rate (GCRA: a burst, then
-    one text per interval), requests wait and share the next text. It is made after the last of them
+    Making it takes the event loop, and anyone may request it. Beyond the rate (a burst, then one
+    text per interval), requests wait and share the next text. It is made after the last of them
     arrived, so that no response is out of date.
 
     Args:
@@ -63,19 +63,16 @@ class SharedText:
     ) -> None:
         self._make = make
         self._interval = interval
-        self._burst = burst
-        self._due = 0.0
+        self._rate = Rate(burst * interval)
         self._next: asyncio.Task[bytes] | None = None
 
     async def latest(self) -> bytes:
         """The text as of now or later."""
         if self._next is None:
-            now = asyncio.get_running_loop().time()
-            self._due = max(self._due, now) + self._interval
-            early = self._due - now - self._burst * self._interval
-            if early <= 0:
+            seconds = self._rate.wait(self._interval, asyncio.get_running_loop().time())
+            if seconds == 0.0:
                 return self._make()
-            self._next = asyncio.create_task(self._later(early))
+            self._next = asyncio.create_task(self._later(seconds))
         # A client that leaves does not cancel the text of the others.
         return await asyncio.shield(self._next)
 

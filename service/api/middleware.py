@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.auth import share_of
-from service.api.quotas import Limit, headers
+from service.api.quotas import Limit, Rate, headers
 from service.api.sending import HEAD_ONLY
 from service.settings import SettingsError
 from service.telemetry import REQUEST_ID, TRACE_ID, Metrics
@@ -444,11 +444,11 @@ class SlowClientMiddleware:
 _SHORT_REST = 2**20
 """Largest unread rest of a body that is read before an early response is sent, bytes."""
 _EARLY_RATE = 2**25
-"""Bytes per second of a caller's bodies that may be answered before they have arrived. One MiB of
+"""Bytes per second of a caller's bodies whose responses may be sent before they arrive. One MiB of
 them takes about 2 ms of the event loop: a few clients that repeat a rejected upload without a pause
 would otherwise keep it busy."""
 _EARLY_BURST = 2**27
-"""Bytes of such bodies that are answered without a delay first."""
+"""Bytes of such bodies whose responses are not delayed."""
 _EARLY_LEAST = 2**16
 """Bytes as which a shorter body counts, as its response takes time too."""
 _EARLY_SECONDS = 3.0
@@ -480,9 +480,8 @@ class LingeringCloseMiddleware:
         self._seconds = seconds
         self._size = size
         self._before_seconds = before_seconds
-        # By caller or address, the most recent one last: the time at which its bodies so far would
-        # have arrived at the limited rate (the generic cell rate algorithm, ITU-T I.371).
-        self._due: OrderedDict[str, float] = OrderedDict()
+        # Rate of such bodies by caller or address, the most recent one last.
+        self._rates: OrderedDict[str, Rate] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the application; read the rest of the body if the application did not."""
@@ -512,7 +511,7 @@ class LingeringCloseMiddleware:
         await self._app(scope, body.receive, send_lingering)
 
     def _delay(self, caller: str, length: str) -> float:
-        """Count a body that is answered early.
+        """Count a body whose response is sent before the body has arrived.
 
         Args:
             caller: the caller's id, or the client's address without API keys.
@@ -522,13 +521,12 @@ class LingeringCloseMiddleware:
             Seconds to wait before the response.
         """
         size = int(length) if length.isdecimal() else self._size
-        now = anyio.current_time()
-        due = max(self._due.pop(caller, now), now)
-        due += min(max(size, _EARLY_LEAST), self._size) / _EARLY_RATE
-        self._due[caller] = due
-        if len(self._due) > _MOST_CALLERS:
-            self._due.popitem(last=False)
-        return min(max(0.0, due - now - _EARLY_BURST / _EARLY_RATE), _EARLY_SECONDS)
+        rate = self._rates.pop(caller, None) or Rate(_EARLY_BURST / _EARLY_RATE)
+        self._rates[caller] = rate
+        if len(self._rates) > _MOST_CALLERS:
+            self._rates.popitem(last=False)
+        cost = min(max(size, _EARLY_LEAST), self._size) / _EARLY_RATE
+        return min(rate.wait(cost, anyio.current_time()), _EARLY_SECONDS)
 
 
 class _Rest:

@@ -47,6 +47,28 @@ class Limit:
     """Seconds until the quota is available again; None without a window."""
 
 
+class Rate:
+    """A burst of work at once, then spaced by its cost: generic cell rate algorithm, ITU-T I.371.
+
+    Args:
+        burst: cost of the work that may be done at once, seconds.
+    """
+
+    def __init__(self, burst: float) -> None:
+        self._burst = burst
+        self._due = 0.0
+
+    def wait(self, cost: float, now: float) -> float:
+        """Count work, and return the seconds to wait before it is done.
+
+        Args:
+            cost: time that the work takes at the limited rate, seconds.
+            now: time by a monotonic clock, seconds.
+        """
+        self._due = max(self._due, now) + cost
+        return max(0.0, self._due - now - self._burst)
+
+
 class Allowances:
     """Quotas of each caller: those of the key file, or else those of the settings.
 

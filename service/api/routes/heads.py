@@ -13,12 +13,12 @@ from fastapi import Path as InPath
 from starlette.responses import JSONResponse
 
 from service.api.admission import PATIENCE, Admitted
-from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder, root_of
 from service.api.disconnect import parse_body, run_watched, unless_gone
 from service.api.openapi import HEAD, HEAD_BODY, problems
 from service.api.responses import json_response, server_timing, warning_headers
 from service.api.routes.tasks import (
+    begin_request,
     check_query,
     parsed_json,
     part_of,
@@ -36,7 +36,7 @@ from service.api.schemas.validation import (
 )
 from service.api.stac import stac_head
 from service.api.uploads import FILES, FORM, LABELS, media_type, read_form
-from service.errors import InvalidRequest, NotReady
+from service.errors import InvalidRequest
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.references import fetch_items
@@ -54,13 +54,8 @@ _Name = Annotated[str, InPath(max_length=64, pattern=r"^[a-z0-9][a-z0-9-]*$")]
 async def make_head(request: Request, app: App, folder: Folder, caller: Caller) -> Response:
     """Make a model of own classes from labelled pixels; `/classify-pixels` serves it at once."""
     check_query(request, set())
-    if app.closing.is_set():
-        raise NotReady(
-            "the server is stopping; nothing was started, retry after 10 s", retry_after=10
-        )
     owner = caller or ""
-    share = share_of(caller, request.scope)
-    request.state.limits = partial(app.quotas.limits, share)
+    share = begin_request(request, app, caller)
     async with app.admission.admit(share) as admitted:
         with span("receive"):
             parsed = await _read_request(request, app, folder, admitted)

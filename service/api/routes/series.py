@@ -10,15 +10,14 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from service.api.admission import PATIENCE
-from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
 from service.api.disconnect import run_watched
 from service.api.negotiation import negotiate
 from service.api.openapi import MEASURED, body
 from service.api.responses import CSV, GEOJSON, PARQUET, server_timing, spooled, warning_headers
-from service.api.routes.tasks import check_query, read_request, run_slot
+from service.api.routes.tasks import begin_request, check_query, read_request, run_slot
 from service.api.sending import StoredFile
-from service.errors import InvalidRequest, NotReady
+from service.errors import InvalidRequest
 from service.jobs.serialise import document_bytes
 from service.run.measured import Measured, measure
 from service.run.request import MeasureRequest
@@ -32,12 +31,7 @@ router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response
 async def series(request: Request, app: App, folder: Folder, caller: Caller) -> Response:
     """Measured reflectance, NDVI, EVI and SAVI of points or fields by date, without prediction."""
     check_query(request, set())
-    if app.closing.is_set():
-        raise NotReady(
-            "the server is stopping; nothing was started, retry after 10 s", retry_after=10
-        )
-    share = share_of(caller, request.scope)
-    request.state.limits = partial(app.quotas.limits, share)
+    share = begin_request(request, app, caller)
     async with app.admission.admit(share) as admitted:
         with span("receive"):
             parsed = await read_request(

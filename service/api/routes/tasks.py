@@ -213,13 +213,8 @@ async def serve(
     Raises:
         PIMCError: the request is rejected, or its run fails.
     """
-    if app.closing.is_set():
-        raise NotReady(
-            "the server is stopping; nothing was started, retry after 10 s", retry_after=10
-        )
-    owner, charged = caller or "", share_of(caller, request.scope)
+    owner, charged = caller or "", begin_request(request, app, caller)
     share = app.quotas.share(charged)
-    request.state.limits = partial(app.quotas.limits, charged)
     check_room = partial(app.jobs.check_room, caller=charged, share=share)
     if preferences.respond_async:
         # Checked before the body is read, so that no body is uploaded in vain.
@@ -403,6 +398,29 @@ async def run_slot(app: AppState, caller: str) -> AsyncIterator[None]:
             await held.enter_async_context(app.admission.runs.slot(caller))
         with app.metrics.run():
             yield
+
+
+def begin_request(request: Request, app: AppState, caller: str | None) -> str:
+    """Accept a request that takes a slot, and let its response state the caller's quotas.
+
+    Args:
+        request: the request.
+        app: application state.
+        caller: the caller's id; None if no keys are set.
+
+    Returns:
+        The id for whose quotas and slots the request counts; see `share_of`.
+
+    Raises:
+        NotReady: the server is stopping.
+    """
+    if app.closing.is_set():
+        raise NotReady(
+            "the server is stopping; nothing was started, retry after 10 s", retry_after=10
+        )
+    share = share_of(caller, request.scope)
+    request.state.limits = partial(app.quotas.limits, share)
+    return share
 
 
 def check_query(request: Request, known: set[str]) -> None:

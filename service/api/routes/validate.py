@@ -7,13 +7,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
 from service.api.disconnect import run_watched
 from service.api.openapi import VALIDATION_ERRORS, problems, validation_body
-from service.api.routes.tasks import check_query, planned, read_request, run_slot
+from service.api.routes.tasks import begin_request, check_query, planned, read_request, run_slot
 from service.api.schemas.response_bodies import Estimate, Seconds, ValidationResponse, WarningEntry
-from service.errors import NotReady
 from service.run.plan import Plan
 from service.run.request import RasterRequest, Runnable, TaskRequest
 from service.run.validate import Validation, problem_document, rough_pace, validation
@@ -32,12 +30,7 @@ async def validate(
 ) -> ValidationResponse:
     """Check a request without running it: errors, warnings, estimated size and time."""
     check_query(request, {"task"})
-    if app.closing.is_set():
-        raise NotReady(
-            "the server is stopping; nothing was started, retry after 10 s", retry_after=10
-        )
-    share = share_of(caller, request.scope)
-    request.state.limits = partial(app.quotas.limits, share)
+    share = begin_request(request, app, caller)
     async with app.admission.admit(share) as admitted:
         # Validation reads the headers and a sample.
         parsed = await read_request(
