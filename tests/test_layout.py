@@ -16,7 +16,7 @@ from rasterio.windows import Window
 
 from service.api.responses import warning_headers
 from service.errors import InvalidRequest, MissingBands, MissingDates
-from service.read.band_names import behind_counts
+from service.read.band_names import behind_counts, listed_bands
 from service.read.geotiff import SourceFile, label
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
@@ -1101,6 +1101,9 @@ def test_the_cirrus_band_shows_level_1c(tmp_path: Path, name: str, codes: list[s
     [
         {"Band_1": "B08", "Band_2": "red", "Band_3": "blue"},
         {"long_name": "('B08', 'B04', 'B02')"},
+        {"BAND_1_NAME": "B08", "BAND_2_NAME": "red", "BAND_3_NAME": "blue"},
+        {"BANDS": '["B08", "B04", "B02"]'},
+        {"TIFFTAG_IMAGEDESCRIPTION": "B08;B04;B02"},
     ],
 )
 def test_a_files_own_tags_may_name_its_bands(tmp_path: Path, tags: dict[str, str]) -> None:
@@ -1109,9 +1112,48 @@ def test_a_files_own_tags_may_name_its_bands(tmp_path: Path, tags: dict[str, str
         1
     )
     # Tags of a file with more bands, of which this one is a part, do not count.
-    more = {"Band_4": "B12"} if "Band_1" in tags else {"long_name": "B08,B04,B03,B02"}
+    (key,) = set(tags) & {"Band_1", "long_name", "BAND_1_NAME", "BANDS", "TIFFTAG_IMAGEDESCRIPTION"}
+    more = {key.replace("1", "4"): "B12"} if "1" in key else {key: "B08,B04,B03,B02"}
     with pytest.raises(MissingBands):
         opened([write(tmp_path / "x_20210105.tif", pixels, tags={**tags, **more})])
+
+
+@pytest.mark.parametrize("listed", ["B08_B04_B02", "B8-B4-B2", "B8B4B2", "nir_red_blue"])
+def test_bands_that_the_names_of_files_list_are_in_this_order(tmp_path: Path, listed: str) -> None:
+    files = [
+        write(
+            tmp_path / f"T31UES_2021010{t}_{listed}_10m.tif",
+            bands_of(("B08", t), ("B04", t), ("B02", t)),
+        )
+        for t in (1, 2)
+    ]
+    stack = opened(files, mask="none")
+    assert band_numbers(stack) == expected(1, 2)
+    (warning,) = stack.warnings
+    assert warning.code == "bands_assumed"
+    assert "as the files' names list them, so that B02 is band 3, B04 is band 2" in warning.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("x_B08_B04_B02", 4),
+        ("x_B08_B04_10m_B02", 3),
+        ("x_B08_B04_B04", 3),
+        ("x_NDVI_B8_B4", 2),
+        ("x_B04", 1),
+    ],
+)
+def test_other_names_list_no_bands(name: str, count: int) -> None:
+    assert listed_bands(name, count) == ()
+
+
+def test_names_that_are_not_understood_are_quoted(tmp_path: Path) -> None:
+    names = ("R490", "R665", "R842", "R865")
+    pixels = bands_of(*((band, 1) for band in ("B02", "B04", "B08", "B8A")))
+    file = write(tmp_path / "x_20210105.tif", pixels, descriptions=names)
+    with pytest.raises(MissingBands, match=r"4 bands .*\('R490', 'R665', 'R842' and 1 more\); "):
+        opened([file])
 
 
 def test_a_name_and_a_tag_of_different_levels_are_both_named(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from service.read.band_names import (
     TWINS,
     are_near,
     band_of,
+    listed_bands,
     positions_in_names,
     quality_of,
     stem,
@@ -61,7 +62,7 @@ from service.read.masks import (
     MaskRule,
     parse_mask,
 )
-from service.read.sensors import ITEM_BAND, sensor_named, sensor_of
+from service.read.sensors import ITEM_BAND, NO_BAND, sensor_named, sensor_of
 
 _NAMED_AT_MOST = 5
 _UNUSED_IN_FULL = 100
@@ -521,12 +522,14 @@ def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[S
     if not unnamed:
         return []
     order = unnamed[0].product_bands or PRODUCT_BANDS
+    listed = listed_bands(unnamed[0].name, unnamed[0].count)
+    whose = "as the files' names list them" if listed else "in the order of a Sentinel-2 product"
     read = [band if band in order else TWINS.get(band, band) for band in query.needed]
     needed = ", ".join(f"{band} is band {order.index(band) + 1}" for band in read if band in order)
     detail = (
         f"no band of {counted(len(unnamed), 'file')} ({_quoted([f.name for f in unnamed])}) has a "
-        "name other than its position; they are read in the order of a Sentinel-2 product, so that "
-        f"{needed}; if this order is wrong, give `bands`"
+        f"name other than its position; they are read {whose}, so that {needed}; if this order is "
+        "wrong, give `bands`"
     )
     return [StackWarning(code="bands_assumed", detail=detail)]
 
@@ -720,14 +723,17 @@ def _check_found(
         return
     known = {band for file in query.files for band in (*file.bands, file.name_band) if band}
     known |= present | set(query.names or ())
-    unnamed = sum(
-        not query.names and not (band or file.name_band)
+    nameless = [
+        text
         for file in query.files
-        for band in file.bands
-    )
+        for band, text in zip(file.bands, file.header.descriptions, strict=True)
+        if not query.names and not (band or file.name_band)
+    ]
+    unnamed = len(nameless)
+    texts = [f"'{shown(text)}'" for text in dict.fromkeys(nameless) if text not in (None, NO_BAND)]
     found = ", ".join(sorted(known)) or "no band that is named"
     also = f" and {counted(unnamed, 'band')} without a name that is understood" if unnamed else ""
-    also += _why_not_named(query)
+    also += _why_not_named(query) or (f" ({first_names(texts, 3)})" if texts else "")
     if set(missing) <= set(for_clouds):
         raise MissingBands(
             f"mask=cloud needs {', '.join(CLOUD_BANDS)}, and {', '.join(missing)} not found: "

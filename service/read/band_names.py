@@ -54,7 +54,7 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
         "B05": "red edge 1|rededge 1|rededge1|red edge1|red edge|rededge|re1",
         "B06": "red edge 2|rededge 2|rededge2|red edge2|re2",
         "B07": "red edge 3|rededge 3|rededge3|red edge3|re3",
-        "B08": "nir|near infrared|near infra red|nir1|nir 1|broadnir|broad nir|bnr",
+        "B08": "nir|near infrared|near infra red|near ir|nir1|nir 1|broadnir|broad nir|bnr",
         "B8A": "nir08|nir narrow|narrow nir|nir2|nir 2|nirn|red edge 4|rededge 4|rededge4|re4"
         "|narrow near infrared|near infrared narrow",
         "B09": "nir09|water vapour|water vapor",
@@ -108,7 +108,7 @@ _FOREIGN: Mapping[tuple[str, ...], str] = {
         "B04": "rouge|roja|rossa|rot|rojo|rosso|vermelho|rood|czerwony|rod|punainen|cervena|kirmizi"
         "|piros|красныи|红|红光|红波段|赤",
         "B08": "proche infrarouge|nahes infrarot|naher infrarot|infrarrojo cercano"
-        "|infrarosso vicino|vicino infrarosso|infravermelho proximo|nabij infrarood"
+        "|infrarosso vicino|vicino infrarosso|infravermelho proximo|ivp|nabij infrarood"
         "|bliska podczerwien|pir|ближнии ик|近红外|近红外波段|近赤外",
     }.items()
     for phrase in phrases.split("|")
@@ -166,7 +166,10 @@ _CENTRES: Mapping[str, tuple[float, float]] = {
     "B11": (1609, 1615),
     "B12": (2185, 2203),
 }
-_CODE = re.compile(r"b(?:and|anda|ande)?0?([1-9]|1[0-2]|8a)")
+_CODE = re.compile(r"(?:band)?b(?:and|anda|ande)?0{0,2}([1-9]|1[0-2]|8a)")
+_APART = re.compile(r"\s*[Bb][\s_.-]0{0,2}([1-9]|1[0-2]|8[Aa])\s*")  # "B 4", "B-04"
+_CODES = re.compile(r"(?:b(?:1[0-2]|8a|0?[1-9]))+")
+_CODES_IN = re.compile(r"b(1[0-2]|8a|0?[1-9])")
 _BAND_WORD = re.compile(r"b(?:and|anda|ande)")
 _NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
 # A number behind a word for band; a file's name, a date or a wavelength may be beside it.
@@ -301,6 +304,8 @@ def _band(text: str) -> str | None:
         for word, following in pairwise(words)
         if _BAND_WORD.fullmatch(word) and (number := _NUMBER.fullmatch(following))
     }
+    if only := _APART.fullmatch(text):
+        codes.add(_canonical(only[1].lower()))
     named = _phrases(words) or _foreign(words)
     named |= _at_wavelengths(text)
     if len(codes) > 1 or (not codes and len(named) != 1):
@@ -600,19 +605,50 @@ def ends_as_alpha(text: str) -> bool:
 
 
 def product_bands(name: str, count: int) -> tuple[str, ...]:
-    """The first bands of a file whose bands have no names, if it is a whole Sentinel-2 product.
+    """The bands of a file whose bands have no names: as its name lists them, or of a product.
+
+    Of a whole Sentinel-2 product they are the first ones.
 
     Args:
         name: the file's name.
         count: number of bands of the file.
 
     Returns:
-        The bands; empty if neither name nor number indicate such a product.
+        The bands; empty if neither name nor number indicate them.
     """
+    if listed := listed_bands(name, count):
+        return listed
     sen2r = _SEN2R.search(stem(name))
     if sen2r and count == _SEN2R_COUNTS[sen2r["level"]]:
         return (*PRODUCT_BANDS[:-1], "B08" if sen2r["size"] == "10" else "B8A")
     return PRODUCT_BANDS if count in PRODUCT_COUNTS else ()
+
+
+def listed_bands(name: str, count: int) -> tuple[str, ...]:
+    """The bands that a file's name lists, as `x_B02_B03_B04_B08`, `x_B2B3B4B8` or `x_blue_red_nir`.
+
+    Args:
+        name: the file's name.
+        count: number of bands of the file.
+
+    Returns:
+        As many different bands as the file has, at least two, in the order of the name, with only
+        words that name a band between the first and the last one; else empty.
+    """
+    words = _words(stem(name))
+    if count < 2 or any(_NOT_A_BAND.fullmatch(word) for word in words):
+        return ()
+    found: list[str | None] = []
+    for word in words:
+        codes = _CODES.fullmatch(word)
+        own = [f"b{code}" for code in _CODES_IN.findall(word)] if codes else [word]
+        found += [band_of(code) for code in own]
+    while found and found[0] is None:
+        found.pop(0)
+    while found and found[-1] is None:
+        found.pop()
+    bands = tuple(band for band in found if band)
+    return bands if len(bands) == len(found) == len(set(bands)) == count else ()
 
 
 def stem(name: str) -> str:

@@ -28,6 +28,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from service.errors import NotAGeoTIFF, RasterTooLarge, no_descriptors
 from service.grid import GDALError, Window
+from service.read.band_names import band_of
 from service.read.jp2_guard import SIGNATURE, check_jp2
 from service.read.tiff_guard import MAX_BLOCK_BYTES, check_directories
 
@@ -666,7 +667,17 @@ def _header(
     )
 
 
-_LISTS_OF_NAMES = ("long_name", "band_names", "bandnames", "band_descriptions")
+_LISTS_OF_NAMES = (
+    "long_name",
+    "band_names",
+    "bandnames",
+    "band_descriptions",
+    "band_order",
+    "bands",
+    "channels",
+    "tifftag_imagedescription",
+)
+_NUMBERED_NAMES = ("band_{}", "band{}", "band_{}_name", "band{}_name", "band_name_{}")
 _MARKS_OF_LISTS = re.compile(r"[\[\](){}'\"]")
 
 
@@ -675,8 +686,8 @@ def _descriptions(
 ) -> tuple[str | None, ...]:
     """The bands' descriptions, or else the names of all bands in the file's own tags.
 
-    They are `Band_1`, `Band_2`, ... as ENVI's and ERDAS's metadata have them, or a list with a name
-    for each band, as xarray's `long_name` of several.
+    They are `Band_1`, `Band_2`, ... as ENVI's and ERDAS's metadata have them, `BAND_1_NAME` and so
+    on, or a list with a name for each band, as xarray's `long_name` of several.
 
     Args:
         dataset: the open file.
@@ -685,12 +696,15 @@ def _descriptions(
     count = int(dataset.count)
     if count < 2 or any(dataset.descriptions):
         return tuple(dataset.descriptions)
-    numbered = [tags.get(f"band_{n}") for n in range(1, count + 1)]
-    if all(numbered) and f"band_{count + 1}" not in tags:
-        return tuple(numbered)
+    for form in _NUMBERED_NAMES:
+        numbered = [tags.get(form.format(n)) for n in range(1, count + 1)]
+        if all(numbered) and form.format(count + 1) not in tags:
+            return tuple(numbered)
     for key in _LISTS_OF_NAMES:
-        names = [name.strip() for name in _MARKS_OF_LISTS.sub("", tags.get(key, "")).split(",")]
-        if len(names) == count and all(names):
+        text = _MARKS_OF_LISTS.sub("", tags.get(key, ""))
+        names = [name.strip() for name in re.split("[,;|]", text)]
+        words = key == "tifftag_imagedescription"  # may be a sentence
+        if len(names) == count and all(band_of(name) if words else name for name in names):
             return tuple(names)
     return tuple(dataset.descriptions)
 

@@ -160,7 +160,8 @@ _BANDS: tuple[tuple[re.Pattern[str], Sensor], ...] = (
     (re.compile(r"(?:^|_)SR_B\d$", re.IGNORECASE), LANDSAT),
 )
 _NUMBER = re.compile(r"(?:^|[^0-9a-z])b(?:and)?[_ ]?0?(\d{1,2})(?=$|[^0-9a-z])", re.IGNORECASE)
-_NO_BAND = "not used"
+NO_BAND = "not used"
+"""Description of a band that has no name of Sentinel-2's."""
 ITEM_BAND = "pimc:band"
 """Tag of a band that a STAC item names, in Sentinel-2's terms whatever the sensor."""
 _NAME_TAGS = ("name", "band_name", "bandname")
@@ -320,5 +321,5 @@ def _described(header: Header, at: int, bands: Mapping[int, str]) -> str | None:
     for text in texts:
         number = band_number(text or "")
         if number is not None:
-            return bands.get(number, _NO_BAND)
+            return bands.get(number, NO_BAND)
     return header.descriptions[at]
