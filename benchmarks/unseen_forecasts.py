@@ -99,7 +99,7 @@ def _field(folder: Path) -> Pixels:
 
 
 def _chip(folder: Path) -> Pixels:
-    """A chip of 64 x 64 pixels with one layer a date; the scene classification is at 20 m."""
+    """A window of 64 x 64 pixels with one layer per date; the scene classification is at 20 m."""
     (fine,), (coarse,) = folder.glob("S2_L2A_10m*.nc"), folder.glob("S2_L2A_20m*.nc")
     values = np.stack([_layers(fine, band)[0] for band in BANDS], axis=-1) * 1e-4
     scl, days = _layers(coarse, "SCL")
@@ -121,7 +121,7 @@ def _layers(path: Path, name: str) -> tuple[NDArray[np.generic], list[date]]:
 
 
 def _long(path: Path) -> Pixels:
-    """Monthly composites with one row a field and month."""
+    """Monthly composites with one row per field and month."""
     columns = [f"S2-L2A-{band}" for band in BANDS]
     rows = pq.read_table(path, columns=["sample_id", "timestamp", *columns]).to_pydict()
     ids, row = np.unique(rows["sample_id"], return_inverse=True)
@@ -133,7 +133,7 @@ def _long(path: Path) -> Pixels:
 
 
 def _wide(path: Path) -> Pixels:
-    """Monthly composites with one row a field, all of the same twelve months."""
+    """Monthly composites with one row per field, all of the same twelve months."""
     table = pq.read_table(path)
     first = date.fromisoformat(table["start_date"][0].as_py())
     months = [date(first.year + (first.month + i - 1) // 12, (first.month + i - 1) % 12 + 1, 1)

@@ -693,7 +693,8 @@ def _validation_of_series(
     given = {name: value for name, value in options.items() if value is not None}
     if others := sorted(given.keys() - of_series):
         raise UsageError(
-            f"{', '.join(others)}: for imagery only, and {file} holds series: leave it out"
+            f"{', '.join(others)}: for imagery only, and {file} holds series: leave out "
+            f"{'it' if len(others) == 1 else 'them'}"
         )
     return operations.validate_series(task, _series_in(file), **given)
 

@@ -198,7 +198,9 @@ def test_no_georeference(tmp_path: Path) -> None:
     # Metres in a CRS of degrees, and latitude before longitude.
     for name, corner in (("c.tif", (500_000, 5_600_000)), ("d.tif", (51, 121))):
         place = Affine(1e-4, 0, corner[0], 0, -1e-4, corner[1])
-        with pytest.raises(NoGeoreference, match=f"middle of '{name}' is at .* no place in EPSG"):
+        with pytest.raises(
+            NoGeoreference, match=f"middle of '{name}' is at .* not a position in EPSG"
+        ):
             opened(scene(tmp_path / name, crs="EPSG:4326", transform=place))
 
 

@@ -331,7 +331,9 @@ def test_names_that_only_count_the_bands_are_not_those_of_sentinel_2(
     pixels = bands_of(*((band, 1) for band in TEN))
     names = [form.format(k) for k in range(1, 11)]
     file = write(tmp_path / "x_20210105.tif", pixels, descriptions=names)
-    refused = re.escape(f"('{names[0]}' only states the band's position); describe the bands or")
+    refused = re.escape(
+        f"('{names[0]}' only states the band's position); name each band in its description, or"
+    )
     with pytest.raises(MissingBands, match=refused):
         opened([file])
     assert band_numbers(opened_with_names([file], TEN)) == expected(1)
@@ -532,7 +534,7 @@ def test_files_without_a_needed_band_are_left_out(tmp_path: Path) -> None:
     (warning,) = stack.warnings
     assert warning.code == "files_unused"
     assert "2 of 3 files" in warning.detail
-    assert "'LABEL_CT.tif': names no band" in warning.detail
+    assert "'LABEL_CT.tif': names no known band" in warning.detail
     assert "'swir_20210105.tif': the model does not take B11, B12" in warning.detail
     assert stack.files == ("x_20210105.tif",)
     assert band_numbers(stack) == expected(1)
@@ -1262,7 +1264,7 @@ def test_very_many_files_that_are_not_used_are_counted_by_reason(tmp_path: Path)
     files += [SourceFile(name="S2_quicklook.tif", path=green)]
     (warning,) = opened([*used, *files], mask="none").warnings
     assert warning.detail == (
-        "121 of 124 files not used: 'S2_quicklook.tif': names no band that is understood; "
+        "121 of 124 files not used: 'S2_quicklook.tif': names no known band; "
         + ", ".join(f"'S2_{n:03d}_B03.tif'" for n in range(5))
         + " and 115 more: the model does not take B03"
     )

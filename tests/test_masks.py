@@ -272,7 +272,7 @@ def test_the_three_bands_of_msk_classi_count_together(tmp_path: Path) -> None:
     assert (stack.mask, valid(stack)) == ("msk_classi", [[True, False], [False, False]])
     (warning,) = stack.warnings
     assert "2 of 10 files not used" in warning.detail
-    assert "QI_DATA/MSK_QUALIT_B04.jp2': names no band that is understood" in warning.detail
+    assert "QI_DATA/MSK_QUALIT_B04.jp2': names no known band" in warning.detail
     # The same as bands, by the names of Earth Engine.
     names = [*NEEDED, "MSK_CLASSI_OPAQUE", "MSK_CLASSI_CIRRUS", "MSK_CLASSI_SNOW_ICE", "QA60"]
     for day in ("20240205", "20240215"):

@@ -614,7 +614,7 @@ def test_places_of_large_rasters_are_compared_with_themselves(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_flanders_with_the_offset_on_some_dates(shared_data: Path, tmp_path: Path) -> None:
-    """Every third clear date: no date is taken for what it is not, with SCL and without."""
+    """Every third clear date: each date is judged rightly, with SCL and without."""
     files, holds, clear = [], [], 0
     for path in sorted((shared_data / "flanders_2017_2018").glob("S2_L2A_2018*.tif"))[::2]:
         with rasterio.open(path) as file:

@@ -1,4 +1,4 @@
-"""Settings: from the environment, checked, documented, and safe to bind with."""
+"""Settings: read from the environment, validated and documented; bind addresses are checked."""
 
 from __future__ import annotations
 

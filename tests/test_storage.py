@@ -644,7 +644,7 @@ def test_a_job_waits_while_the_bucket_is_away(
         assert result(api, job) == result(api, whole)
         check_healthy(api)
         listed = [entry["jobID"] for entry in api.get("/jobs").json()["jobs"]]
-        assert listed[1:] == [job, whole]  # the refused one is none
+        assert listed[1:] == [job, whole]  # the rejected request made no job
         assert len(before) >= 3
 
 

@@ -1,4 +1,4 @@
-"""Long-lived threads: failures are tried again or end the service; locks are waited for."""
+"""Long-lived threads: failed work is retried or ends the service; locks are waited for."""
 
 from __future__ import annotations
 
@@ -241,10 +241,10 @@ def test_a_running_job_waits_for_a_locked_store_and_requests_are_told(
 
 
 class Pauses(threading.Event):
-    """Set once a worker has waited for it a number of times, each of which takes no time.
+    """An event that is set once a worker has waited for it `most` times; no wait takes time.
 
     Args:
-        most: that number.
+        most: number of waits.
     """
 
     def __init__(self, most: int) -> None:

@@ -26,7 +26,7 @@ PROBES = {"linear_probe": "linear", f"knn_{NEIGHBOURS}": f"{NEIGHBOURS} nearest"
 
 
 class Int8Loses(TrainingError):
-    """A probe loses more with int8 embeddings than is allowed."""
+    """A probe's score loses more with int8 embeddings than is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ def finite(loss: Tensor, where: str) -> float:
     """The value of a loss (), before it changes the weights.
 
     A step with NaN would make all weights NaN, those of the moving average too, and training would
-    go on to its end without a word.
+    continue to its end without a warning.
 
     Args:
         loss: the loss ().

@@ -139,7 +139,7 @@ def create_app(
                 store,
                 settings,
                 document=partial(
-                    job_routes.called_with,
+                    job_routes.callback_body,
                     jobs=store,
                     root_path=(settings.root_path or "").rstrip("/"),
                 ),

@@ -330,17 +330,23 @@ class LoadedModel:
             output = self._session.run(sample)
             expected = output if self._reference is None else self._reference.run(sample)
         except _RUN_ERRORS as error:
-            raise BundleError(f"{where}: the warm-up failed; the log has the cause") from error
+            raise BundleError(
+                f"{where}: the model failed on random input; the server's log states the cause"
+            ) from error
         if output.shape != (_WARM_UP, *self.width):
             raise BundleError(
                 f"{where}: '{self.card.output}' has shape {output.shape[1:]} per "
-                f"{self.card.modality}, but the card states {self.width}"
+                f"{self.card.modality}, but the card states {self.width}: change the card "
+                "or the graph"
             )
         fault = _output_fault(output, self.card)
         if fault:
             raise BundleError(f"{where}: for a plausible {self.card.modality}, {fault}")
         if np.abs(output - expected).mean() > _MAX_DEVIATION * np.abs(expected).max():
-            raise BundleError(f"{where}: the outputs on {self.provider} differ from the CPU's")
+            raise BundleError(
+                f"{where}: the outputs on {self.provider} differ from those on the CPU: set "
+                "PIMC_PRECISION=float32 or PIMC_PROVIDERS=cpu"
+            )
 
 
 def prediction_shape(card: ModelCard) -> tuple[int, ...]:

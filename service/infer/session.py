@@ -187,10 +187,10 @@ def _load_error(bundle: Bundle, variant: Precision, error: Exception) -> str:
         re.DOTALL,
     )
     if opset is None:
-        return f"{where}: the {variant} file does not load; the log has the cause"
+        return f"{where}: the {variant} file cannot be loaded; the server's log states the cause"
     return (
         f"{where} has opset {opset[1]}, but ONNX Runtime {onnxruntime.__version__} supports at "
-        f"most {opset[2]}"
+        f"most {opset[2]}: export the graph with an earlier opset"
     )
 
 
@@ -219,12 +219,14 @@ def _check_signature(session: onnxruntime.InferenceSession, card: ModelCard) -> 
     found = {node.name: node for node in session.get_inputs()}
     if set(found) != set(card.inputs):
         raise BundleError(
-            f"{where}: the graph takes {_listed(found)}, but the card states {_listed(card.inputs)}"
+            f"{where}: the graph takes {_listed(found)}, but the card states "
+            f"{_listed(card.inputs)}: export graph and card together"
         )
     outputs = [node.name for node in session.get_outputs()]
     if outputs != [card.output]:
         raise BundleError(
-            f"{where}: the graph returns {_listed(outputs)}, but the card states {card.output}"
+            f"{where}: the graph returns {_listed(outputs)}, but the card states {card.output}: "
+            "export graph and card together"
         )
     for name, node in found.items():
         kind, rank = _INPUTS[name]
@@ -233,14 +235,14 @@ def _check_signature(session: onnxruntime.InferenceSession, card: ModelCard) -> 
         if not (graph_kind is kind or half) or len(node.shape) != rank:
             raise BundleError(
                 f"{where}: '{name}' is a {node.type} with {len(node.shape)} axes, but must be "
-                f"{kind.__name__} with {rank}"
+                f"{kind.__name__} with {rank}: change the graph"
             )
     name, axis = ("values", 2) if card.modality == "pixel" else ("patches", 1)
     shape = found[name].shape
     if shape[axis] not in {len(card.bands)} | _symbols(shape):
         raise BundleError(
             f"{where}: '{name}' has shape {shape}, but axis {axis} must hold the card's "
-            f"{len(card.bands)} bands"
+            f"{len(card.bands)} bands: change the graph or the card"
         )
 
 

@@ -39,7 +39,7 @@ class StorageUnreachable(Overloaded):
 
 
 class RemoteFile(Protocol):
-    """A file in a bucket, whether or not it exists; with what is used of a path of this machine.
+    """A file in a bucket, which may not exist; has the members of `Path` that are used.
 
     Each method raises Overloaded if the bucket cannot be reached.
     """

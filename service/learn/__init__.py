@@ -1,4 +1,4 @@
-"""What is fitted to a caller's own data: own classes, and the correction of a forecast.
+"""Fits to a caller's own data: own classes, and the correction of a forecast.
 
 own classes   labelled series → features → a calibrated head, scored by place → one ONNX graph:
               graph, kernel, places, scores

@@ -581,7 +581,7 @@ def _reason(file: DescribedFile, query: LayoutQuery, given: Sequence[str], mask:
         bands = [file.name_band]
     bands = list(dict.fromkeys(bands))
     if not bands:
-        return "names no band that is understood"
+        return "names no known band"
     if set(bands) <= QUALITY:
         what = f"cloud mask {', '.join(bands)}"
         if mask == "none":
@@ -743,7 +743,7 @@ def _check_found(
     raise MissingBands(
         f"{', '.join(missing)} not found: {counted(len(query.files), 'file')} "
         f"('{query.files[0].name}', ...) with {found}{also}; "
-        "describe the bands or give `bands`"
+        "name each band in its description, or give `bands`"
     )
 
 

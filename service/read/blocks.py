@@ -413,7 +413,9 @@ class RemoteFile:
 
     def _check_length(self, size: int, least: int) -> None:
         if size < least:
-            raise self.remote.unreachable(f"returned {size} of {least} requested bytes")
+            raise self.remote.unreachable(
+                f"returned {size} of {least} requested bytes: send the request again"
+            )
 
     # HTTP ----------------------------------------------------------------------------------------
 

@@ -387,7 +387,7 @@ def _are_running_numbers(names: Sequence[str], dates: Sequence[Sequence[date]]) 
 
 
 def are_after_periods(names: Sequence[str], days: Sequence[date | None]) -> bool:
-    """Whether dates are those of the making of composites: after the month, week or quarter named.
+    """Whether dates are when composites were made: after the month, week or quarter in the name.
 
     Args:
         names: names of files, with their folders.

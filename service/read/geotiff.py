@@ -347,8 +347,8 @@ def read_header(source: SourceFile, known: dict[bytes, Georeference] | None = No
 
 def _several_images(name: str, images: int) -> str:
     return (
-        f"'{name}' holds {images} images (directories of a TIFF), of which GDAL reads the first "
-        "alone: write each as a file, as with gdal_translate -of COG GTIFF_DIR:2:in.tif "
+        f"'{name}' holds {images} images (directories of a TIFF), of which GDAL reads only the "
+        "first: write each to a file of its own, as with gdal_translate -of COG GTIFF_DIR:2:in.tif "
         "20210105.tif, or all of them as the bands of one file"
     )
 
@@ -498,7 +498,7 @@ def _what_it_is(name: str, head: bytes) -> str:
         if head.startswith(magic) or text.startswith(magic.lower()):
             return f"it is {what}"
     if head[257:262] == b"ustar":
-        return "it is an archive of tar: unpack it, or send a zip"
+        return "it is a tar archive: unpack it, or send a zip"
     if not head:
         return "it is empty: write or send it again"
     return (

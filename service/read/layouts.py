@@ -358,7 +358,7 @@ def _check_unnamed(ignored: Sequence[DescribedFile], used: Sequence[DescribedFil
         if file.count in counts and not any(file.bands):
             raise MissingBands(
                 f"'{file.name}' has {file.count} bands like the other files, but none of them has "
-                "a name: describe the bands, or give `bands`"
+                "a name: name each band in its description, or give `bands`"
             )
 
 

@@ -160,7 +160,7 @@ def _grid_of(header: Header) -> Grid:
     x, y = grid.transform @ (grid.width / 2, grid.height / 2)
     if grid.crs.is_geographic and (abs(y) > _POLE or abs(x) > _FARTHEST):
         raise NoGeoreference(
-            f"the middle of '{header.name}' is at {x:.10g}, {y:.10g}, which is no place in "
+            f"the middle of '{header.name}' is at {x:.10g}, {y:.10g}, which is not a position in "
             f"{crs_name(grid.crs)}, whose unit is degrees, longitude first: assign the CRS of "
             "these coordinates, or the right ones, as with gdal_translate -a_srs EPSG:32631 or "
             "-a_ullr"

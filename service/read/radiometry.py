@@ -1004,7 +1004,7 @@ def _dark(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
 
 
 def _darker_than_land(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
-    """The warning that land is darker than land is, as reflectance x 1000 with the usual scale.
+    """The warning that land is implausibly dark, such as reflectance x 1000 with the usual scale.
 
     Water is as dark in the near infrared, but there it is darker than blue and red.
     """
@@ -1042,7 +1042,7 @@ def _like_landsat(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
 
 
 def _largest_numbers(sample: _Sample) -> Iterator[StackWarning]:
-    """The warning that the largest number of 16 bits is in some bands of pixels, as a value.
+    """The warning that pixels have 65535 in some of their bands: saturated or missing.
 
     Sentinel-2's products mark saturated pixels by it (Products Specification Document), others
     missing ones. In all bands it is found as a number that means missing.
@@ -1161,7 +1161,7 @@ def _swapped_on(names: str, share: float, where: str) -> StackWarning:
 
 
 def _repeated(sample: _Sample) -> Iterator[StackWarning]:
-    """Warnings about pixels that no two images have alike: a file saved twice, or an empty band.
+    """Warnings about repeated pixels: a file saved twice, or an empty band.
 
     Bands of one date that are equal, a band of one number beside others that vary, and dates with
     equal pixels in all bands.

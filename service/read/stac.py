@@ -170,7 +170,7 @@ class StacItem:
         return tuple({asset.key: asset for asset in found}.values())
 
     def _single(self) -> dict[str, Asset]:
-        """The asset of each band that has one to itself: GeoTIFF before JPEG 2000, then finest."""
+        """The asset of each band with a file of its own: GeoTIFF before JPEG 2000, then finest."""
         best: dict[str, Asset] = {}
         for asset in sorted(self.assets, key=lambda one: (one.is_jp2, one.metres)):
             if len(asset.bands) == 1 and asset.bands[0].name:

@@ -102,7 +102,7 @@ class Directories(NamedTuple):
     mask_block_bytes: int
     """Decoded size of one block of the internal mask, bytes; 0 without an internal mask."""
     images: int
-    """Images of the first one's size, without overviews and masks: GDAL reads the first alone."""
+    """Images of the first one's size, without overviews and masks: GDAL reads only the first."""
 
 
 def check_directories(path: Path, name: str) -> Directories:

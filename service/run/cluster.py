@@ -447,11 +447,14 @@ class _PassRun:
             return
         if isinstance(error, KilledWorker):
             raise InternalError(
-                "several workers died while they computed one window, which may be the cause; the "
-                "logs of the workers may have the reason"
+                "several workers died while they computed the same window; the administrator finds "
+                "the reason, such as too little memory, in the logs of the workers"
             ) from error
         if error is None:
-            raise InternalError("a task of the cluster failed without an error")
+            raise InternalError(
+                "a task of the cluster failed without an error; the logs of the workers may have "
+                "the cause"
+            )
         raise error
 
     # Faults --------------------------------------------------------------------------------
@@ -516,7 +519,8 @@ class _PassRun:
             if len(flight.late) >= _MOST_LATE:
                 raise InternalError(
                     f"a window took longer than {self._executor.window_seconds:g} s "
-                    f"(PIMC_DASK_WINDOW_SECONDS) on each of {', '.join(sorted(flight.late))}"
+                    f"(PIMC_DASK_WINDOW_SECONDS) on each of {', '.join(sorted(flight.late))}: the "
+                    "administrator may raise the limit, or find the cause in the workers' logs"
                 )
             if new:
                 self._executor.counted("late")

@@ -135,7 +135,7 @@ class RasterRun:
 
     @property
     def sampled(self) -> tuple[int, ...]:
-        """Positions of all observations that are read, be it for a sample."""
+        """Positions of all observations that are read, also those read only for a sample."""
         return self.used if self.backtest == "no" else self.history
 
     @property

@@ -682,7 +682,7 @@ class SimilarityTally:
         hectares: NDArray[np.float64],
         classes: NDArray[np.uint8] | None = None,
     ) -> Counts:
-        """See `Tally`; areas and classes have no part in it."""
+        """See `Tally`; areas and classes are ignored."""
         del hectares, classes
         values = predictions[:, 0][~np.isnan(predictions[:, 0])].astype(np.float64)
         return {

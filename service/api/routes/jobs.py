@@ -419,11 +419,11 @@ def accepted(job: Job, request: Request, *, applied: str, status: int = 202) -> 
     return JSONResponse(document, status_code=status, headers=headers)
 
 
-def called_with(job: Job, event: Event, *, jobs: JobStore, root_path: str) -> dict[str, Any]:
-    """The body of a callback: the job's status document; the results of a finished execution.
+def callback_body(job: Job, event: Event, *, jobs: JobStore, root_path: str) -> dict[str, Any]:
+    """The body of a callback: the job's status or, of a finished execution, links to its results.
 
     Args:
-        job: as it is now.
+        job: the job in its present state.
         event: the change of the job.
         jobs: the store of the job.
         root_path: the path before the service's own paths.
