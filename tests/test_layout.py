@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -671,7 +672,9 @@ def test_files_of_one_band_and_date_may_be_dated_one_by_one(tmp_path: Path) -> N
 def test_dates_that_do_not_fit_the_bands_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(MissingDates, match=r"'nir\.tif' has 3 bands but 2 dates"):
         opened(colours(tmp_path), dates=(D1, D2))
-    with pytest.raises(MissingDates, match=r"3 of 3 files \('nir\.tif', 'blue\.tif', 'red\.tif'\)"):
+    with pytest.raises(
+        MissingDates, match=r"each of 3 files \('nir\.tif', 'blue\.tif', 'red\.tif'\)"
+    ):
         opened(colours(tmp_path))
 
 
@@ -1148,6 +1151,37 @@ def test_bands_that_the_names_of_files_list_are_in_this_order(tmp_path: Path, li
 )
 def test_other_names_list_no_bands(name: str, count: int) -> None:
     assert listed_bands(name, count) == ()
+
+
+def test_folders_name_bands_but_not_by_the_name_of_a_place(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / f"{t}{band}.tif", bands_of((band, t)))
+        for t in (1, 2)
+        for band in (*NEEDED, "B03")
+    ]
+    names = [
+        f"Red_River/{band}/R10m/x_2021010{t}.tif" for t in (1, 2) for band in (*NEEDED, "NDVI")
+    ]
+    stack = opened(
+        [replace(file, name=name) for file, name in zip(files, names, strict=True)], mask="none"
+    )
+    assert band_numbers(stack) == expected(1, 2)
+    names = [f"Red_River/x_2021010{t}_{band}.tif" for t in (1, 2) for band in (*NEEDED, "dem")]
+    stack = opened(
+        [replace(file, name=name) for file, name in zip(files, names, strict=True)], mask="none"
+    )
+    assert band_numbers(stack) == expected(1, 2)
+    (warning,) = stack.warnings
+    assert (warning.code, "2 of 8 files" in warning.detail) == ("files_unused", True)
+
+
+def test_missing_dates_of_files_of_many_dates_are_asked_for_by_band(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / f"{band}.tif", bands_of((band, 1), (band, 2), (band, 3)))
+        for band in NEEDED
+    ]
+    with pytest.raises(MissingDates, match=r"the 3 bands of each of 3 files .* of the 3 bands in "):
+        opened(files)
 
 
 def test_names_that_are_not_understood_are_quoted(tmp_path: Path) -> None:

@@ -847,6 +847,14 @@ def _missing_dates(
             f"descriptions or tags{_counts(undated[0].file)}{_unclear(undated)}; give `dates`, "
             f"{len(undated)} of them in the order of the bands"
         )
+    bands = {slot.file.count for slot in undated}
+    if min(bands) > 1 and len(undated) > all_files:
+        n = f"{bands.pop()} " if len(bands) == 1 else ""
+        return MissingDates(
+            f"no date for the {n}bands of each of {counted(len(names), 'file')} "
+            f"({_quoted(names)}): none in the band descriptions or tags{_unclear(undated)}; give "
+            f"`dates`, one for each of the {n}bands in their order"
+        )
     return MissingDates(
         f"no date for {len(names)} of {counted(all_files, 'file')} ({_quoted(names)}): none in "
         f"the tags, the names, the folders or the band descriptions{_written(undated)}"

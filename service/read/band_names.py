@@ -166,7 +166,8 @@ _CENTRES: Mapping[str, tuple[float, float]] = {
     "B11": (1609, 1615),
     "B12": (2185, 2203),
 }
-_CODE = re.compile(r"(?:band)?b(?:and|anda|ande)?0{0,2}([1-9]|1[0-2]|8a)")
+# The word for band may follow a date without a separator: 20210105B04.
+_CODE = re.compile(r"(?:band|(?:19|20)\d{6}(?:t\d{6})?)?b(?:and|anda|ande)?0{0,2}([1-9]|1[0-2]|8a)")
 _APART = re.compile(r"\s*[Bb][\s_.-]0{0,2}([1-9]|1[0-2]|8[Aa])\s*")  # "B 4", "B-04"
 _CODES = re.compile(r"(?:b(?:1[0-2]|8a|0?[1-9]))+")
 _CODES_IN = re.compile(r"b(1[0-2]|8a|0?[1-9])")
@@ -527,11 +528,21 @@ def band_in_name(name: str) -> str | None:
     Args:
         name: the file's name with its folders.
     """
-    folders, _, _ = name.rpartition("/")
+    *folders, _ = name.split("/")
     own = stem(name)
-    texts = [own, folders.rpartition("/")[2]] if folders else [own]
-    band = _first_of(texts)
+    band = _first_of([own])
+    if band is None and not any(_NOT_A_BAND.fullmatch(word) for word in _words(own)):
+        band = next((found for one in reversed(folders) if (found := _band_of_folder(one))), None)
     return TWINS["B08"] if band == "B08" and _FORCE_NARROW.search(own) else band
+
+
+def _band_of_folder(name: str) -> str | None:
+    """The band, or quality band, that the name of a folder states, not as the name of a place."""
+    words = _words(name)
+    if any(map(_CODE.fullmatch, words)) or quality_of(name):
+        return _first_of([name])
+    colours = [word for word in words if not _BESIDE.fullmatch(word)]
+    return band_of(name) if tuple(colours) in {*_PHRASES, *_FOREIGN} else None
 
 
 def _first_of(texts: Sequence[str]) -> str | None:

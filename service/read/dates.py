@@ -47,9 +47,14 @@ _MONTH = r"(?P<month>[A-Za-z]{3,10})\.?"
 # day of the year, as in MODIS's A2018141, HLS's 2018141T104421 and Landsat's LC81950252018141LGN00.
 _DATE = re.compile(
     rf"(?<!\d)(?P<year>{_YEAR})(?P<sep>[-_./: ]?)(?P<month>0[1-9]|1[0-2])(?P=sep)"
-    r"(?P<day>0[1-9]|[12]\d|3[01])(?:(?=\D|$)|(?<=\d{8})(?=\d{6}(?!\d)|\d{4}(?!\d)))"
+    r"(?P<day>0[1-9]|[12]\d|3[01])(?:(?=\D|$)|(?<=\d{8})(?=\d{6}(?:\d{3})?(?!\d)|\d{4}(?!\d)))"
     r"|(?:(?<![0-9])|(?<=(?<![0-9A-Za-z])L[A-Z]\d{7}))"
     rf"(?P<doy_year>{_YEAR})(?P<doy>[0-3]\d\d)(?!\d)",
+    re.IGNORECASE,
+)
+# ISO's week and day of it: 2018-W21-1, 2018W211.
+_WEEK_DAY = re.compile(
+    rf"(?<!\d)(?P<year>{_YEAR})(?P<sep>-?)w(?P<week>[0-5]\d)(?P=sep)(?P<day>[1-7])(?![0-9A-Za-z])",
     re.IGNORECASE,
 )
 # The month in letters: 21May2018, 11 de enero de 2018; 2018Jan11; January 11, 2018.
@@ -215,6 +220,7 @@ def _dates(text: str) -> Iterator[date]:
     """Every date of a text in an unambiguous form, in order."""
     text = _plain(text)
     found = [(match, _numeric) for match in _DATE.finditer(text)]
+    found += [(match, _week_day) for match in _WEEK_DAY.finditer(text)]
     found += [(match, _lettered) for form in _LETTERS for match in form.finditer(text)]
     if not text.isascii():
         found += [(match, _ymd) for match in _IDEOGRAPHS.finditer(text)]
@@ -250,6 +256,13 @@ def _ordinal(match: re.Match[str], year: str = "year") -> date | None:
     first = date(int(match[year]), 1, 1)
     day = first + timedelta(days=int(match["doy"]) - 1)
     return day if match["doy"] != "000" and day.year == first.year else None
+
+
+def _week_day(match: re.Match[str]) -> date | None:
+    try:
+        return date.fromisocalendar(*(int(match[part]) for part in ("year", "week", "day")))
+    except ValueError:
+        return None
 
 
 def _numeric(match: re.Match[str]) -> date | None:

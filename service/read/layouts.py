@@ -173,7 +173,12 @@ class DescribedFile:
     def days(self) -> tuple[date | None, ...]:
         """The date of each band by its tags or description; None without one."""
         words = zip(self.header.descriptions, self.header.band_tags, strict=True)
-        found = [tagged_date(tags, self.header.tags) or date_of(text) for text, tags in words]
+        found = [
+            tagged_date(tags, self.header.tags)
+            or date_of(text)
+            or date_of(tags.get("description") or tags.get("name"))
+            for text, tags in words
+        ]
         texts = [text.replace("/", "-") for text in self.header.descriptions if text]
         if self.count > 1 and len(texts) == self.count and not any(found):
             found = named_days(texts)  # forms that count only if all bands have them
