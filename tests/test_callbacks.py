@@ -30,7 +30,8 @@ from service.jobs.callbacks import (
     secret_text,
     signed,
 )
-from service.jobs.store import Job, JobStore, LeaseLost
+from service.jobs.job import Job
+from service.jobs.store import JobStore, LeaseLost
 from service.run.plan import Plan
 from service.run.request import Subscriber
 from service.run.windows import Step
@@ -135,7 +136,7 @@ def sender(
     metrics: Metrics | None = None, **how: Any,
 ) -> CallbackSender:  # fmt: skip
     return CallbackSender(
-        store,
+        store.outbox,
         settings_for(receiver, **how),
         document=lambda job, event: {"jobID": job.id, "status": job.status, "event": event},
         metrics=metrics or Metrics(),
@@ -182,7 +183,7 @@ def test_a_receiver_that_fails_is_called_again_also_after_a_restart(
             assert sender(store, receiver, clock).send_due() == 1
             assert len(receiver.got) == n + 1
     with opened(tmp_path) as store:
-        assert store.next_callback() is None
+        assert store.outbox.next_due() is None
     ids = {request.headers["webhook-id"] for request in receiver.got}
     assert len(ids) == 1
     times = [int(request.headers["webhook-timestamp"]) for request in receiver.got]
@@ -208,7 +209,7 @@ def test_a_callback_is_given_up_after_the_last_pause(
         for pause in (1, *PAUSES):
             clock.now += pause
             assert sender(store, receiver, clock, metrics=metrics).send_due() == 1
-        assert store.next_callback() is None
+        assert store.outbox.next_due() is None
     assert len(receiver.got) == len(PAUSES) + 1
     text = metrics.text().decode()
     assert f'pimc_callbacks_total{{event="success",outcome="failed"}} {len(PAUSES)}.0' in text
@@ -226,7 +227,7 @@ def test_a_redirect_is_not_followed(
         store.succeed(accepted(store, plan, subscriber(receiver, progress=None)))
         clock.now += 1
         sender(store, receiver, clock).send_due()
-        assert store.waiting_callbacks() == 1
+        assert store.outbox.count() == 1
     assert [request.path for request in receiver.got] == ["/done"]
 
 
@@ -237,7 +238,7 @@ def test_gone_means_never_again(plan: Plan, tmp_path: Path, receiver: Receiver) 
         store.succeed(accepted(store, plan, subscriber(receiver, progress=None)))
         clock.now += 1
         sender(store, receiver, clock).send_due()
-        assert store.waiting_callbacks() == 0
+        assert store.outbox.count() == 0
 
 
 def test_a_receiver_that_fails_holds_up_no_other(
@@ -273,7 +274,7 @@ def test_a_stop_leaves_what_is_under_way_to_the_next_start(
             store.succeed(accepted(store, plan, subscriber(slow, progress=None)))
             clock.now += 1
             sender(store, slow, clock, closing=closing).run()
-            assert store.waiting_callbacks() == 1
+            assert store.outbox.count() == 1
         held.set()
     with sqlite3.connect(tmp_path / "jobs.sqlite") as db:
         assert db.execute("SELECT attempts FROM callbacks").fetchall() == [(0,)]
@@ -339,7 +340,7 @@ def test_a_dismissed_job_calls_nobody(
                 store.succeed(job)  # its run ends later
         with pytest.raises(LeaseLost):
             store.count_window(job, STEP, offset=0, length=1, progress=50)
-        assert store.waiting_callbacks() == 0
+        assert store.outbox.count() == 0
 
 
 def test_an_event_without_an_address_is_not_queued(
@@ -352,8 +353,8 @@ def test_an_event_without_an_address_is_not_queued(
         store.fail(job, RasterError("broken"))
         quiet = accepted(store, plan, None)
         store.succeed(quiet)
-        assert store.waiting_callbacks() == 0
-        assert store.request(accepted(store, plan, whom)).subscriber == whom
+        assert store.outbox.count() == 0
+        assert store.job_requests.read(accepted(store, plan, whom)).subscriber == whom
 
 
 def test_a_job_that_expires_takes_its_callbacks_with_it(
@@ -362,7 +363,7 @@ def test_a_job_that_expires_takes_its_callbacks_with_it(
     with opened(tmp_path) as store:
         store.succeed(accepted(store, plan, subscriber(receiver)))
         store.sweep(9e10)
-        assert store.waiting_callbacks() == 0
+        assert store.outbox.count() == 0
 
 
 # Upgrades and backups -------------------------------------------------------------------------
@@ -387,7 +388,7 @@ def test_a_store_of_the_release_before_is_upgraded(
         assert (job.id, job.subscriber) == (kept.id, None)
         store.succeed(job)
         store.succeed(accepted(store, plan, subscriber(receiver)))
-        assert store.waiting_callbacks() == 1
+        assert store.outbox.count() == 1
 
 
 def test_a_restored_backup_calls_what_was_waiting(
@@ -395,7 +396,7 @@ def test_a_restored_backup_calls_what_was_waiting(
 ) -> None:
     with opened(tmp_path / "state") as store:
         job = accepted(store, plan, subscriber(receiver, progress=None))
-        (store.folder(job) / "result-1").mkdir()
+        (store.files.folder(job) / "result-1").mkdir()
         store.succeed(job)
         back_up(tmp_path / "state", tmp_path / "backup")
     restore(tmp_path / "backup", tmp_path / "new")
@@ -492,10 +493,10 @@ def test_a_name_that_leads_inside_is_not_called(
         clock.now += 1
         settings = Settings(callback_hosts="hooks.example", callback_secrets=SECRET)  # type: ignore[arg-type]
         CallbackSender(
-            store, settings, document=lambda *_: {}, metrics=Metrics(), clock=clock,
+            store.outbox, settings, document=lambda *_: {}, metrics=Metrics(), clock=clock,
             closing=threading.Event(), resolver=resolver,
         ).send_due()  # fmt: skip
-        assert store.waiting_callbacks() == 1
+        assert store.outbox.count() == 1
     assert receiver.got == []
 
 

@@ -23,7 +23,8 @@ from service.api.http_protocol import Connections, ProtocolFactory
 from service.api.responses import COG, CSV, PARQUET
 from service.api.sending import chosen_range
 from service.errors import InvalidRange
-from service.jobs.store import Job, JobStore
+from service.jobs.job import Job
+from service.jobs.job_requests import JobRequests
 from tests.kits.jobs import ASYNC, SERIES, Files, stack, waited
 from tests.kits.metrics import metric
 from tests.kits.patience import PATIENCE, soon
@@ -417,13 +418,13 @@ def test_many_readers_of_a_result_parse_its_request_once(
         paths = [f"/jobs/{job}/result", f"/jobs/{job}/results"]
     assert waited(api, job)["status"] == "successful"
     parsed = []
-    whole = JobStore._stored_request
+    whole = JobRequests._document
 
-    def counted(store: JobStore, one: Job) -> Any:
+    def counted(requests: JobRequests, one: Job) -> Any:
         parsed.append(one.id)
-        return whole(store, one)
+        return whole(requests, one)
 
-    monkeypatch.setattr(JobStore, "_stored_request", counted)
+    monkeypatch.setattr(JobRequests, "_document", counted)
     for path in paths * 5:
         assert api.get(path).status_code == 200, path
     assert len(parsed) <= 1

@@ -24,9 +24,11 @@ from rasterio.windows import Window
 from benchmarks.serving import served
 from service.errors import InsufficientStorage, InvalidRequest, ResultNotReady, UnknownJob
 from service.jobs import serialise
+from service.jobs.job import Job, JobStatus
+from service.jobs.job_requests import Idempotency
 from service.jobs.serialise import document_bytes, json_parts, loaded
 from service.jobs.storage import FolderStorage
-from service.jobs.store import Idempotency, Job, JobStatus, JobStore
+from service.jobs.store import JobStore
 from service.jobs.window_journal import WindowFile
 from service.run.execute import Result
 from service.run.executors import Timing
@@ -97,12 +99,12 @@ def finished(ready: Plan, tmp_path: Path) -> Iterator[tuple[JobStore, Job]]:
         store.accept(ready, tmp_path, owner="anna")
         job = store.take()
         assert job is not None
-        store.work(job).mkdir(parents=True)
+        store.files.work(job).mkdir(parents=True)
         result = Result(
             task="embed", model="m@1", provider="CPU", files={}, document={}, pixels=1,
             timing=Timing(read=0, infer=0, write=0), warnings=(),
         )  # fmt: skip
-        store.publish(job, store.work(job), result)
+        store.results.publish(job, store.files.work(job), result)
         store.succeed(job)
         store.tidy(job)
         yield store, store.find("anna", job.id)
@@ -112,12 +114,14 @@ def test_files_derived_from_a_result_are_few_and_count_for_the_quota(
     finished: tuple[JobStore, Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, job = finished
-    before = store.usage("anna").bytes
-    monkeypatch.setattr("service.jobs.store._MOST_READY", 3)
+    before = store.usage.of("anna").bytes
+    monkeypatch.setattr("service.jobs.result_files._MOST_DERIVED", 3)
     for number in range(5):
-        store.ready(job, f"class-{number}.tif", lambda path: path.write_bytes(bytes(1000)))
-        assert len(list((store.folder(job) / "ready").iterdir())) == number % 3 + 1
-        assert store.usage("anna").bytes == before + 1000 * (number % 3 + 1)
+        store.results.derived(
+            job, f"class-{number}.tif", lambda path: path.write_bytes(bytes(1000))
+        )
+        assert len(list((store.files.folder(job) / "ready").iterdir())) == number % 3 + 1
+        assert store.usage.of("anna").bytes == before + 1000 * (number % 3 + 1)
 
 
 def test_nothing_waits_while_a_file_is_derived_from_a_result(
@@ -132,15 +136,15 @@ def test_nothing_waits_while_a_file_is_derived_from_a_result(
         assert go.wait(PATIENCE)
 
     with ThreadPoolExecutor() as threads:
-        making = threads.submit(store.ready, job, "class.tif", slow)
+        making = threads.submit(store.results.derived, job, "class.tif", slow)
         assert begun.wait(PATIENCE)
-        other = store.ready(job, "embed.zip", lambda path: path.write_text("whole"))
+        other = store.results.derived(job, "embed.zip", lambda path: path.write_text("whole"))
         assert other.read_bytes() == b"whole"
         store.dismiss("anna", job.id)
         go.set()
         with pytest.raises(ResultNotReady, match="removed"):
             making.result()
-    assert not store.folder(job).exists()
+    assert not store.files.folder(job).exists()
 
 
 # Clocks -----------------------------------------------------------------------------------------
@@ -218,9 +222,9 @@ def test_folders_without_a_job_are_removed_at_start(ready: Plan, tmp_path: Path)
     with opened(tmp_path) as store:
         gone = done(store, ready, tmp_path)
         waits = store.accept(ready, tmp_path, owner="")
-        (store.folder(gone) / "result-1").mkdir(parents=True)
-        (store.folder(gone) / "work-1").mkdir()
-        (store.folder(gone) / "windows-1").write_text("x")
+        (store.files.folder(gone) / "result-1").mkdir(parents=True)
+        (store.files.folder(gone) / "work-1").mkdir()
+        (store.files.folder(gone) / "windows-1").write_text("x")
     orphan = tmp_path / "jobs" / "0" / "input"
     orphan.mkdir(parents=True)
     (tmp_path / "requests" / "pimc-half" / "sent").mkdir(parents=True)
@@ -229,7 +233,7 @@ def test_folders_without_a_job_are_removed_at_start(ready: Plan, tmp_path: Path)
         assert took is not None
         assert took.id == waits.id
         assert not orphan.exists()
-        left = sorted(path.name for path in store.folder(gone).iterdir())
+        left = sorted(path.name for path in store.files.folder(gone).iterdir())
         assert left == ["request.json", "result-1"]
         assert list((tmp_path / "requests").iterdir()) == []
 
@@ -269,7 +273,7 @@ def test_a_stored_window_is_used_only_if_its_bytes_are_complete(
         other = Step(stage="predictions", number=0, window=Window(0, 0, 2, 4))
         assert journal.load(other) is None  # the raster is divided differently: another window
         # Bytes without a row, as after a kill between the two writes.
-        with (store.folder(job) / "windows-1").open("ab") as file:
+        with (store.files.folder(job) / "windows-1").open("ab") as file:
             file.write(b"half a window")
         journal = WindowFile(store, job, lambda: 30)
         found = journal.load(STEP)
@@ -278,7 +282,7 @@ def test_a_stored_window_is_used_only_if_its_bytes_are_complete(
         second = Step(stage="predictions", number=1, window=Window(0, 2, 4, 2))
         journal.save(second, arrays)
         assert store.find("", job.id).progress == 40
-        with (store.folder(job) / "windows-1").open("r+b") as file:
+        with (store.files.folder(job) / "windows-1").open("r+b") as file:
             file.seek(100)
             file.write(b"?")
         journal = WindowFile(store, job, lambda: 0)
@@ -474,7 +478,7 @@ def test_a_complete_result_is_not_given_up_because_its_row_does_not_fit(
     tries: list[tuple[str, list[str]]] = []
 
     def full_at_first(store: JobStore, job: Job, status: JobStatus, **how: Any) -> None:
-        tries.append((status, sorted(path.name for path in store.folder(job).iterdir())))
+        tries.append((status, sorted(path.name for path in store.files.folder(job).iterdir())))
         if len(tries) == 1:
             raise InsufficientStorage("no room for the row")
         end(store, job, status, **how)
@@ -559,12 +563,12 @@ def test_a_store_of_the_release_before_is_upgraded(tmp_path: Path) -> None:
         with opened(tmp_path) as store:
             assert size_of(tmp_path) < 2.2 * 10**6  # two files of a megabyte, and no third
             assert (tmp_path / "jobs.sqlite").stat().st_size < 10**5
-            one = store.request(store.find("anna", "one"))
+            one = store.job_requests.read(store.find("anna", "one"))
             assert one.points is not None
             assert (one.points[0].lon, one.points[0].lat) == (3.0, 51.0)
             assert one.stack.dates == (date(2021, 1, 5),)
             assert one.files[0].path == tmp_path / "jobs" / "one" / "input" / "0000.tif"
-            two = store.request(store.find("anna", "two"))
+            two = store.job_requests.read(store.find("anna", "two"))
             assert two.series[0].bands["B02"] == (0.1, 0.1)
             assert store.find("anna", "gone").status == "failed"
 
@@ -586,7 +590,7 @@ def test_a_dismissed_job_frees_its_space_at_once(
             store.dismiss("anna", job.id)
         assert size_of(backend.state) < empty + 5 * 10**5
         with pytest.raises(ResultNotReady, match="removed"):
-            store.request(store.find("anna", job.id))
+            store.job_requests.read(store.find("anna", job.id))
 
 
 def test_a_list_continues_after_a_job(ready: Plan, tmp_path: Path, backend: Backend) -> None:

@@ -24,7 +24,8 @@ from service.api.quotas import Limit, headers
 from service.api.routes import tasks
 from service.errors import Overloaded, TooManyRequests
 from service.jobs import runner, store
-from service.jobs.store import JobStore, Share
+from service.jobs.store import JobStore
+from service.jobs.usage import Share, Usage
 from service.run.execute import execute
 from service.run.plan import Plan
 from tests.kits.jobs import ASYNC, SERIES, Backend, waited
@@ -207,7 +208,7 @@ def test_pixels_of_a_day_are_bounded(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     today = 20_000
-    monkeypatch.setattr(store, "_day", lambda db: (today, 3600))
+    monkeypatch.setattr("service.jobs.usage._day", lambda db: (today, 3600))
     settings: dict[str, Any] = {"model_dir": zoo, "state_dir": tmp_path, "max_pixels_per_day": 10}
     with served(**settings, api_keys=("anna", "ben")) as api:
         response = embed(api, 3, ANNA)
@@ -377,30 +378,30 @@ def test_the_day_begins_by_the_clock_of_the_database(
 ) -> None:
     share = Share(pixels=10)
     with backend.opened() as jobs:
-        jobs.charge("anna", 10, share)
-        before = jobs.usage("anna")
+        jobs.usage.charge("anna", 10, share)
+        before = jobs.usage.of("anna")
         assert 0 < before.day_left <= 86_400
         ahead = store.time.time() + 86_400
         monkeypatch.setattr(store.time, "time", lambda: ahead)  # of this replica
-        assert jobs.usage("anna").pixels == 10
+        assert jobs.usage.of("anna").pixels == 10
         with pytest.raises(TooManyRequests) as refusal:
-            jobs.charge("anna", 1, share)
+            jobs.usage.charge("anna", 1, share)
         assert refusal.value.retry_after <= before.day_left
 
 
 def test_a_day_is_charged_whole_or_not_at_all(backend: Backend) -> None:
     with backend.opened() as jobs:
         share = Share(pixels=10)
-        jobs.charge("anna", 6, share)
+        jobs.usage.charge("anna", 6, share)
         with pytest.raises(TooManyRequests, match="6 of its 10"):
-            jobs.charge("anna", 5, share)
-        jobs.charge("anna", 4, share)
-        assert jobs.usage("anna").pixels == 10
-        jobs.charge("ben", 10, share)
-        jobs.charge("anna", 5, Share())
+            jobs.usage.charge("anna", 5, share)
+        jobs.usage.charge("anna", 4, share)
+        assert jobs.usage.of("anna").pixels == 10
+        jobs.usage.charge("ben", 10, share)
+        jobs.usage.charge("anna", 5, Share())
         jobs.adopt({"ben": "anna"})
-        assert jobs.usage("anna").pixels == 20
-        assert jobs.usage("ben").pixels == 0
+        assert jobs.usage.of("anna").pixels == 20
+        assert jobs.usage.of("ben").pixels == 0
 
 
 # As the release before this one made it: nobody's share was counted.
@@ -445,5 +446,5 @@ def test_jobs_of_the_release_before_count_and_keep_their_owner(tmp_path: Path) -
         with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as jobs:
             jobs.adopt({"0123456789abcdef": "anna"})
             assert [job.id for job in jobs.latest("anna", 9)] == ["three", "one"]
-            assert jobs.usage("anna") == store.Usage(jobs=1, pixels=0, bytes=2000)
-            assert jobs.usage("").bytes == 1000
+            assert jobs.usage.of("anna") == Usage(jobs=1, pixels=0, bytes=2000)
+            assert jobs.usage.of("").bytes == 1000

@@ -24,7 +24,10 @@ import pytest
 from benchmarks.serving import served
 from service.errors import InternalError, Overloaded, TooManyRequests, UnknownJob
 from service.jobs.backup import back_up, restore
-from service.jobs.store import Idempotency, Job, JobStore, LeaseLost, Share
+from service.jobs.job import Job
+from service.jobs.job_requests import Idempotency
+from service.jobs.store import JobStore, LeaseLost
+from service.jobs.usage import Share
 from service.jobs.window_journal import WindowFile
 from service.run.plan import Plan
 from service.run.request import Subscriber
@@ -152,7 +155,7 @@ def test_a_run_that_lost_its_lease_changes_nothing(
         with pytest.raises(LeaseLost, match=job.id):
             change()
     one.put_back(stalled)
-    one.make_room(stalled)
+    one.files.make_room(stalled)
     one.tidy(stalled)
     # The window that was kept before is lost with the file of the stalled run, no other.
     assert new.load(STEPS[0]) is None
@@ -167,10 +170,10 @@ def test_a_run_that_lost_its_lease_changes_nothing(
     assert (now.status, now.lease, now.progress, now.model) == ("running", 2, 60, job.model)
     finish(other, job, "new")
     for store in two:
-        found = store.result(store.find("anna", job.id))
+        found = store.results.read(store.find("anna", job.id))
         assert found.files["class"].read_text() == "new"
     other.tidy(job)
-    left = sorted(path.name for path in other.folder(job).iterdir())
+    left = sorted(path.name for path in other.files.folder(job).iterdir())
     assert left == ["request.json", "result-2"]
 
 
@@ -202,12 +205,12 @@ def test_files_of_a_replica_that_ended_between_row_and_files_are_removed(
     one.fail(failed, InternalError("no"))
     other.dismiss("", dismissed.id)
     other.sweep(1)  # it might still be at it
-    assert one.folder(failed).exists()
-    assert one.folder(dismissed).exists()
+    assert one.files.folder(failed).exists()
+    assert one.files.folder(dismissed).exists()
     expire(shared)
     other.sweep(1)
-    assert not one.folder(failed).exists()
-    assert not one.folder(dismissed).exists()
+    assert not one.files.folder(failed).exists()
+    assert not one.files.folder(dismissed).exists()
     assert [job.status for job in other.latest("", 9)] == ["dismissed", "failed"]
 
 
@@ -226,7 +229,7 @@ def test_replicas_count_the_time_once(
     other.sweep(0.6 * WEEK)
     with pytest.raises(UnknownJob):
         one.find("", job.id)
-    assert not one.folder(job).exists()
+    assert not one.files.folder(job).exists()
 
 
 def test_a_replica_that_starts_leaves_the_work_of_others_alone(
@@ -243,7 +246,7 @@ def test_a_replica_that_starts_leaves_the_work_of_others_alone(
         with shared.opened() as other:
             assert one.renew([job]) == []
             assert other.find("", job.id).status == "running"
-            assert other.folder(job).exists()
+            assert other.files.folder(job).exists()
             assert young.exists()  # another replica may be about to accept it
             assert not old.exists()
 
@@ -270,13 +273,13 @@ def test_quotas_hold_across_replicas(
     two: tuple[JobStore, JobStore], plan: Plan, tmp_path: Path
 ) -> None:
     share = Share(pixels=5)
-    charged = at_once(*[partial(store.charge, "anna", 1, share) for store in two * 6])
+    charged = at_once(*[partial(store.usage.charge, "anna", 1, share) for store in two * 6])
     assert sum(result is None for result in charged) == 5
-    assert [store.usage("anna").pixels for store in two] == [5, 5]
+    assert [store.usage.of("anna").pixels for store in two] == [5, 5]
     accept = {"owner": "anna", "share": Share(jobs=3)}
     made = at_once(*[partial(store.accept, plan, tmp_path, **accept) for store in two * 4])
     assert sum(isinstance(result, Job) for result in made) == 3
-    assert [store.usage("anna").jobs for store in two] == [3, 3]
+    assert [store.usage.of("anna").jobs for store in two] == [3, 3]
     # Nothing is left of those that were rejected.
     assert len(list((tmp_path / "state" / "jobs").iterdir())) == 3
 
@@ -301,13 +304,13 @@ def test_a_callback_is_sent_by_one_replica_and_by_the_other_if_that_ends(
     job = taken(other)
     finish(other, job, "x")
     now = time.time() + 1
-    found = at_once(*[partial(store.callbacks_due, now, 9) for store in two])
+    found = at_once(*[partial(store.outbox.due, now, 9) for store in two])
     assert sorted(len(due) for due in found) == [0, 1]
-    assert other.callbacks_due(now + 50, 9) == []
-    (again,) = other.callbacks_due(now + 70, 9)
+    assert other.outbox.due(now + 50, 9) == []
+    (again,) = other.outbox.due(now + 70, 9)
     assert (again.job.id, again.attempts) == (job.id, 0)
-    other.callback_delivered(again)
-    assert one.waiting_callbacks() == 0
+    other.outbox.delivered(again)
+    assert one.outbox.count() == 0
 
 
 def test_each_job_is_taken_once(two: tuple[JobStore, JobStore], plan: Plan, tmp_path: Path) -> None:
@@ -619,7 +622,7 @@ def test_a_dump_by_postgresql_and_a_copy_of_the_folder_are_a_backup(
     postgres.run("psql", "--quiet", "--set=ON_ERROR_STOP=1", f"--file={dump}", str(other.url))
     shutil.copytree(shared.state, other.state)
     with other.opened() as store:
-        found = store.result(store.find("anna", done.id))
+        found = store.results.read(store.find("anna", done.id))
         assert found.files["class"].read_text() == "whole"
         expire(other)
         job = taken(store)
@@ -697,7 +700,7 @@ def test_jobs_of_the_release_before_keep_results_and_windows(of_the_release_befo
         with Backend(of_the_release_before, None).opened() as store:
             waits, done = store.latest("anna", 9)
             assert (done.status, waits.status) == ("successful", "accepted")
-            assert store.result(done).files["class"].read_text() == "whole"
+            assert store.results.read(done).files["class"].read_text() == "whole"
             job = taken(store)
             assert (job.id, job.progress) == (waits.id, 40)
             store.begin(job, "CPU float32")
@@ -718,9 +721,9 @@ def test_a_backup_of_the_release_before_moves_to_postgresql(
     with shared.opened() as one, shared.opened() as other:
         waits, done = one.latest("anna", 9)
         assert (done.status, waits.status) == ("successful", "accepted")
-        assert other.result(done).files["class"].read_text() == "whole"
+        assert other.results.read(done).files["class"].read_text() == "whole"
         assert taken(other).id == waits.id
-        assert one.usage("anna").bytes == other.usage("anna").bytes > 0
+        assert one.usage.of("anna").bytes == other.usage.of("anna").bytes > 0
     # The backup itself is as it was.
     with closing(sqlite3.connect(backup / "jobs.sqlite")) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (3,)

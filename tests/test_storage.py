@@ -19,6 +19,7 @@ from service.errors import Overloaded, ResultNotReady, UnknownJob
 from service.jobs import s3 as s3_module
 from service.jobs.backup import back_up, restore
 from service.jobs.database import DuplicateRow
+from service.jobs.job import Job
 from service.jobs.s3 import S3Storage, storage_of
 from service.jobs.storage import (
     FolderStorage,
@@ -26,7 +27,7 @@ from service.jobs.storage import (
     StorageUnreachable,
     opened,
 )
-from service.jobs.store import Job, JobStore, LeaseLost
+from service.jobs.store import JobStore, LeaseLost
 from service.jobs.window_journal import WindowFile
 from service.run.plan import Plan
 from service.settings import SettingsError, read_settings
@@ -230,23 +231,23 @@ def test_a_job_and_its_result_are_the_same_at_every_replica(
     one.accept(plan, tmp_path, owner="anna", upgrade=True, delivery={"response": "raw"})
     job = taken(other)
     for store in two:
-        assert store.may_upgrade(job)
-        assert store.delivery(job) == {"response": "raw"}
-        assert store.request(job).model == plan.model.card.id
+        assert store.job_requests.may_upgrade(job)
+        assert store.job_requests.delivery(job) == {"response": "raw"}
+        assert store.job_requests.read(job).model == plan.model.card.id
     publish(other, job, "whole")
     with pytest.raises(ResultNotReady, match="running"):
-        one.result(one.find("anna", job.id))
+        one.results.read(one.find("anna", job.id))
     other.succeed(job)
     other.tidy(job)
     found = one.find("anna", job.id)
-    stored = one.result(found)
+    stored = one.results.read(found)
     assert stored.files["class"].read_bytes() == b"whole"
     assert stored.document.read_bytes() == b"{}"
-    with one.on_disk(found, stored) as copy:
+    with one.results.on_disk(found, stored) as copy:
         assert isinstance(copy.files["class"], Path)
         assert copy.files["class"].read_text() == "whole"
     size = sum(len(file.read_bytes()) for file in (stored.files["class"], stored.document))
-    assert one.usage("anna").bytes > size
+    assert one.usage.of("anna").bytes > size
     assert kept(one, job) == ["request.json", f"result-{job.lease}"]
     made: list[Path] = []
 
@@ -255,12 +256,12 @@ def test_a_job_and_its_result_are_the_same_at_every_replica(
         path.write_text("derived")
 
     for store in (one, other, one):
-        assert store.ready(found, "embed.zip", make).read_bytes() == b"derived"
+        assert store.results.derived(found, "embed.zip", make).read_bytes() == b"derived"
     assert len(made) == 1
     other.dismiss("anna", job.id)
     assert kept(one, job) == []
     with pytest.raises(ResultNotReady, match="removed"):
-        one.ready(found, "embed.csv", make)
+        one.results.derived(found, "embed.csv", make)
 
 
 def test_a_run_that_lost_its_lease_leaves_no_result(
@@ -293,7 +294,7 @@ def test_a_run_that_lost_its_lease_leaves_no_result(
     other.succeed(job)
     other.tidy(job)
     for store in two:
-        stored = store.result(store.find("anna", job.id))
+        stored = store.results.read(store.find("anna", job.id))
         assert stored.files["class"].read_bytes() == b"new"
     assert kept(one, job) == ["request.json", "result-2"]
 
@@ -307,9 +308,9 @@ def test_a_result_that_was_published_but_not_recorded_is_the_next_owners(
     publish(one, dead, "whole")
     expire(shared)
     job = taken(other)
-    assert other.published(job)
+    assert other.results.published(job)
     other.succeed(job)
-    assert one.result(one.find("", job.id)).files["class"].read_bytes() == b"whole"
+    assert one.results.read(one.find("", job.id)).files["class"].read_bytes() == b"whole"
     with pytest.raises(LeaseLost):
         one.succeed(dead)
 
@@ -324,11 +325,11 @@ def test_half_a_result_of_a_dead_replica_is_none(
         one.storage.write(f"jobs/{dead.id}/result-{dead.lease}/class.tif", b"half")
         expire(bucket)
         job = taken(other)
-        assert not other.published(job)
+        assert not other.results.published(job)
         publish(other, job, "whole")
         other.succeed(job)
         other.tidy(job)
-        assert one.result(one.find("", job.id)).files["class"].read_bytes() == b"whole"
+        assert one.results.read(one.find("", job.id)).files["class"].read_bytes() == b"whole"
         assert kept(one, job) == ["request.json", "result-2"]
 
 
@@ -364,25 +365,25 @@ def test_files_without_a_job_are_removed_once_they_are_old(
         one.storage.write("jobs/orphan/request.json", b"{}")
         with bucket.opened():
             assert one.storage.names("jobs/orphan") == ["request.json"]
-        monkeypatch.setattr("service.jobs.store._ORPHAN_SECONDS", -1e6)
+        monkeypatch.setattr("service.jobs.leftovers._ORPHAN_SECONDS", -1e6)
         with bucket.opened():
             assert one.storage.names("jobs") == [job.id]
 
 
 def test_a_model_has_one_owner_and_one_name(shared: Backend, postgres: Postgres) -> None:
     with shared.opened() as one, shared.opened() as other:
-        assert one.add_head("anna", "crops", "1", most=2)
+        assert one.heads.add("anna", "crops", "1", most=2)
         with pytest.raises(DuplicateRow):
-            other.add_head("anna", "crops", "2", most=2)
-        assert other.add_head("anna", "trees", "3", most=2)
-        assert not one.add_head("anna", "more", "4", most=2)
-        assert other.add_head("ben", "crops", "5", most=2)
-        assert one.heads("anna") == {"crops": "1", "trees": "3"}
-        assert other.adopt_heads("anna", "ben") == ["crops"]
-        assert one.heads("ben") == {"crops": "5", "trees": "3"}
-        assert one.remove_head("anna", "crops") == "1"
-        assert other.remove_head("anna", "crops") is None
-        assert one.head_owners() == ["ben"]
+            other.heads.add("anna", "crops", "2", most=2)
+        assert other.heads.add("anna", "trees", "3", most=2)
+        assert not one.heads.add("anna", "more", "4", most=2)
+        assert other.heads.add("ben", "crops", "5", most=2)
+        assert one.heads.of("anna") == {"crops": "1", "trees": "3"}
+        assert other.heads.adopt("anna", "ben") == ["crops"]
+        assert one.heads.of("ben") == {"crops": "5", "trees": "3"}
+        assert one.heads.remove("anna", "crops") == "1"
+        assert other.heads.remove("anna", "crops") is None
+        assert one.heads.owners() == ["ben"]
 
 
 def test_a_backup_of_a_bucket_is_restored_into_each_kind(
@@ -396,7 +397,7 @@ def test_a_backup_of_a_bucket_is_restored_into_each_kind(
         store.succeed(done)
         store.tidy(done)
         store.storage.write("heads/1/card.json", b"{}")
-        assert store.add_head("", "crops", "1", most=9)
+        assert store.heads.add("", "crops", "1", most=9)
         backup = tmp_path / "backup"
         made = back_up(tmp_path / "none", backup, database_url=bucket.url, storage=store.storage)
     assert (made.jobs, made.results) == (2, 1)
@@ -410,13 +411,13 @@ def test_a_backup_of_a_bucket_is_restored_into_each_kind(
         state = target.own_state()
         assert restore(backup, state, database_url=target.url, storage=storage) == 2
         with target.opened() as store:
-            found = store.result(store.find("anna", done.id))
+            found = store.results.read(store.find("anna", done.id))
             assert found.files["class"].read_bytes() == b"whole"
             waits = taken(store)
-            assert store.request(waits).model == plan.model.card.id
+            assert store.job_requests.read(waits).model == plan.model.card.id
             assert store.accept(plan, tmp_path, owner="anna").number > waits.number
     with other.opened() as store:
-        ((name, version),) = store.heads("").items()
+        ((name, version),) = store.heads.of("").items()
         assert store.storage.read(f"heads/{version}/card.json") == b"{}"
         assert name == "crops"
         said = partial(restore, backup, other.own_state(), storage=store.storage)

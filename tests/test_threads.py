@@ -17,6 +17,7 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from service import threads
 from service.jobs import database, runner
+from service.jobs.job_files import JobFiles
 from service.jobs.storage import StorageUnreachable
 from service.jobs.store import JobStore
 from service.telemetry import Metrics
@@ -279,7 +280,7 @@ def test_the_pauses_of_an_outage_are_bounded_however_long_it_lasts(
         store.accept(plan, tmp_path, owner="")
         job = store.take()
         monkeypatch.setattr(store, "take", lambda _: job)
-        monkeypatch.setattr(store, "prepare", unreachable)
+        monkeypatch.setattr(JobFiles, "prepare", unreachable)
         for name in ("put_back", "tidy"):  # each would be synced to disk
             monkeypatch.setattr(store, name, lambda _: None)
         made = runner.JobRunner(

@@ -136,7 +136,7 @@ def create_app(
             )
             executor = ThreadExecutor(in_flight=metrics.windows)
             callbacks = CallbackSender(
-                store,
+                store.outbox,
                 settings,
                 document=partial(
                     job_routes.callback_body,
@@ -198,7 +198,7 @@ def create_app(
                     changed=metrics.downloads,
                     rejected=metrics.download_rejected,
                 ),
-                quotas=Quotas(allowances, store, admission),
+                quotas=Quotas(allowances, store.usage, admission),
                 metrics=metrics,
                 scrapes=SharedText(metrics.text),
                 keys=keys,

@@ -5,7 +5,7 @@ The headers follow draft-ietf-httpapi-ratelimit-headers-11: `RateLimit-Policy` s
 
 A request over a quota is rejected with `too_many_requests` (429), by the module that counts: for
 requests at once `service.api.admission`, for jobs, pixels of a day and storage
-`service.jobs.store`.
+`service.jobs.usage`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from anyio import to_thread
 from service.api.admission import REQUESTS, Admission
 from service.api.auth import ApiKeys
 from service.errors import Overloaded, PIMCError
-from service.jobs.store import JOBS, PIXELS, STORAGE, JobStore, Share
+from service.jobs.usage import JOBS, PIXELS, STORAGE, CallerUsage, Share
 from service.run.plan import Plan
 from service.run.request import RasterRequest
 from service.settings import Settings
@@ -103,13 +103,13 @@ class Quotas:
 
     Args:
         allowances: each caller's quotas.
-        jobs: store that counts jobs, pixels and bytes by caller.
+        usage: what callers have used of jobs, pixels and bytes.
         admission: admission control, which counts requests by caller.
     """
 
-    def __init__(self, allowances: Allowances, jobs: JobStore, admission: Admission) -> None:
+    def __init__(self, allowances: Allowances, usage: CallerUsage, admission: Admission) -> None:
         self._allowances = allowances
-        self._jobs = jobs
+        self._usage = usage
         self._admission = admission
 
     def share(self, caller: str) -> Share:
@@ -129,11 +129,11 @@ class Quotas:
             RasterTooLarge: the run has more pixels than the caller's quota of a day.
         """
         share = self.share(caller)
-        self._jobs.charge(caller, pixels, share)
+        self._usage.charge(caller, pixels, share)
         try:
             yield
         except Overloaded:
-            self._jobs.charge(caller, -pixels, share)
+            self._usage.charge(caller, -pixels, share)
             raise
 
     async def limits(self, caller: str) -> list[Limit]:
@@ -147,7 +147,7 @@ class Quotas:
         if share == Share():
             return found
         try:
-            used = await to_thread.run_sync(self._jobs.usage, caller)
+            used = await to_thread.run_sync(self._usage.of, caller)
         except PIMCError:  # the disk fails: the response is sent without these headers
             return found
         if share.jobs is not None:

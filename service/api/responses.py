@@ -20,9 +20,10 @@ from starlette.responses import Response
 from service.api.sending import CHUNK_BYTES, StoredFile
 from service.api.uploads import JSON
 from service.errors import PIMCError, StackWarning, warning_list
+from service.jobs.job import Job, removed
 from service.jobs.serialise import StoredResult, document_bytes, loaded
 from service.jobs.storage import RemoteFile
-from service.jobs.store import Job, JobStore, removed
+from service.jobs.store import JobStore
 from service.run.execute import Result
 from service.run.executors import Timing
 from service.run.memory import Need
@@ -148,10 +149,10 @@ def stored_response(
         return whole_file(result, missing=gone)
 
     def make(path: Path) -> None:
-        with store.on_disk(job, result) as copy:
+        with store.results.on_disk(job, result) as copy:
             derive_stored(copy, media, path, reserve)
 
-    return _derived(store.ready(job, name, make), media, result, missing=gone)
+    return _derived(store.results.derived(job, name, make), media, result, missing=gone)
 
 
 def derived_name(result: Result | StoredResult, media: str) -> str | None:
@@ -209,7 +210,7 @@ def derive_stored(result: StoredResult, media: str, path: Path, reserve: Reserve
 
 
 def on_this_machine(files: Mapping[str, Path | RemoteFile]) -> Mapping[str, Path]:
-    """Files of a result that `JobStore.on_disk` has brought to this machine.
+    """Files of a result that `ResultFiles.on_disk` has brought to this machine.
 
     Raises:
         TypeError: it has not.

@@ -36,10 +36,12 @@ from service.jobs.database import (
     UnusableDatabase,
 )
 from service.jobs.files import lock, remove, size_of, sync_file, sync_folder, sync_tree
+from service.jobs.head_rows import HEADS
 from service.jobs.heads import copy_heads, head_folder, head_owner
-from service.jobs.schema import REQUEST, SCHEMA_VERSION, result_name, upgrade
+from service.jobs.job_files import REQUEST, result_name
+from service.jobs.schema import SCHEMA_VERSION, upgrade
+from service.jobs.state_folder import DATABASE, mark_owner
 from service.jobs.storage import MARK, FolderStorage, Storage
-from service.jobs.store import DATABASE, HEADS, mark_owner
 from service.settings import SettingsError
 
 _JOBS = "jobs"

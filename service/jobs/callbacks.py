@@ -26,8 +26,8 @@ from typing import Any, Literal
 import anyio
 
 from service.errors import ForbiddenReference, PIMCError
-from service.jobs.outbox import Event
-from service.jobs.store import Callback, Job, JobStore
+from service.jobs.job import Job
+from service.jobs.outbox import Callback, Event, Outbox
 from service.read.connect import Connections, Patience, Remote, Resolver, resolve
 from service.run.request import Subscriber
 from service.settings import Settings
@@ -119,7 +119,7 @@ class CallbackSender:
     """Sends the callbacks of the outbox, in its own thread.
 
     Args:
-        store: of the jobs and their outbox.
+        outbox: the callbacks to send.
         settings: allowed hosts and the secret.
         document: makes the body of a callback.
         metrics: counts attempts.
@@ -133,7 +133,7 @@ class CallbackSender:
 
     def __init__(
         self,
-        store: JobStore,
+        outbox: Outbox,
         settings: Settings,
         *,
         document: Document,
@@ -145,7 +145,7 @@ class CallbackSender:
         resolver: Resolver = resolve,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._store = store
+        self._outbox = outbox
         self._settings = settings
         self._document = document
         self._metrics = metrics
@@ -170,7 +170,7 @@ class CallbackSender:
 
     def _pause(self) -> float:
         """Seconds until there may be something to send."""
-        due = self._store.next_callback()
+        due = self._outbox.next_due()
         wait = _LONGEST_WAIT if due is None else due - self._clock()
         return min(max(wait, 0.0), _LONGEST_WAIT)
 
@@ -180,10 +180,10 @@ class CallbackSender:
         Returns:
             Their number.
         """
-        due = self._store.callbacks_due(self._clock(), _AT_ONCE)
+        due = self._outbox.due(self._clock(), _AT_ONCE)
         if due:
             anyio.run(self._send_all, due)
-        self._metrics.callbacks_waiting(self._store.waiting_callbacks())
+        self._metrics.callbacks_waiting(self._outbox.count())
         return len(due)
 
     async def _send_all(self, callbacks: Sequence[Callback]) -> None:
@@ -219,14 +219,14 @@ class CallbackSender:
                 reason = error.detail
         # No await from here on, so that a stop does not separate an attempt from its record.
         if status is not None and HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
-            self._store.callback_delivered(callback)
+            self._outbox.delivered(callback)
             self._record(callback, "delivered", reason)
         elif status == HTTPStatus.GONE or callback.attempts >= len(self._pauses):
-            self._store.callback_failed(callback, until=None)
+            self._outbox.failed(callback, until=None)
             self._record(callback, "given_up", reason)
         else:
             pause = self._pauses[callback.attempts] * (1 + _JITTER * self._jitter())
-            self._store.callback_failed(callback, until=self._clock() + pause)
+            self._outbox.failed(callback, until=self._clock() + pause)
             self._record(callback, "failed", reason)
 
     async def _post(self, web: Connections, callback: Callback) -> int:

@@ -33,7 +33,8 @@ from service.infer.engine import Engine
 from service.infer.model import LoadedModel
 from service.jobs.database import DuplicateRow
 from service.jobs.files import sync_folder, sync_tree
-from service.jobs.store import HEADS, JobStore
+from service.jobs.head_rows import HEADS
+from service.jobs.store import JobStore
 
 _LOG = logging.getLogger(__name__)
 _NO_OWNER = "_"
@@ -91,12 +92,13 @@ class HeadStore:
         self._most = most
         self.shared = jobs is not None
         """Whether replicas share the models."""
-        self._rows = None if jobs is None or jobs.storage.local else jobs
-        shared = self.shared and self._rows is None
+        self._jobs = None if jobs is None or jobs.storage.local else jobs
+        """With a bucket: its rows of models, and their files."""
+        shared = self.shared and self._jobs is None
         self._mutex = threading.Lock()
         # Replaced, never changed, so that requests read it without a lock.
         self._known: Mapping[str, _Versions] = {}
-        if self._rows is not None:  # copies
+        if self._jobs is not None:  # copies
             shutil.rmtree(self._root, ignore_errors=True)
         self._root.mkdir(mode=0o700, exist_ok=True)
         for left in self._root.glob(".*-*"):
@@ -106,14 +108,14 @@ class HeadStore:
             self._update(owner)
 
     def _owners(self) -> list[str]:
-        if self._rows is not None:
-            return self._rows.head_owners()
+        if self._jobs is not None:
+            return self._jobs.heads.owners()
         return [head_owner(folder.name) for folder in sorted(self._root.glob("[!.]*"))]
 
     def _versions(self, owner: str) -> _Versions:
         """The present models of a caller."""
-        if self._rows is not None:
-            return self._rows.heads(owner)
+        if self._jobs is not None:
+            return self._jobs.heads.of(owner)
         return _versions(self._owner_folder(owner))
 
     def refresh(self, owner: str) -> None:
@@ -134,20 +136,20 @@ class HeadStore:
         found, known = self._versions(owner), self._known.get(owner, {})
         for name in known.keys() - found.keys():
             self._engine.remove(owner, name)
-            if self._rows is not None:
+            if self._jobs is not None:
                 shutil.rmtree(self._folder(owner, name), ignore_errors=True)
         for name in sorted(found):
             if found[name] != known.get(name):
-                if self._rows is not None:
-                    self._bring(self._rows, owner, name, str(found[name]))
+                if self._jobs is not None:
+                    self._bring(self._jobs, owner, name, str(found[name]))
                 self._load(owner, self._folder(owner, name))
         self._known = {**self._known, owner: found}
 
-    def _bring(self, rows: JobStore, owner: str, name: str, version: str) -> None:
+    def _bring(self, jobs: JobStore, owner: str, name: str, version: str) -> None:
         """Copy a model from the bucket; one that was removed meanwhile leaves nothing."""
         with self.draft() as draft:
             with suppress(FileNotFoundError):
-                rows.storage.fetch(f"{HEADS}/{version}", draft)
+                jobs.storage.fetch(f"{HEADS}/{version}", draft)
             self._place(owner, name, draft)
 
     def _place(self, owner: str, name: str, draft: Path) -> None:
@@ -171,7 +173,7 @@ class HeadStore:
     def _alone(self) -> Iterator[None]:
         """Exclusive lock on the names of models, in this process and among replicas."""
         with self._mutex:
-            if not self.shared or self._rows is not None:  # the database decides
+            if not self.shared or self._jobs is not None:  # the database decides
                 yield
                 return
             file = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -236,8 +238,8 @@ class HeadStore:
         bundle_folder = self._folder(owner, name)
         with self._alone():
             self.check_free(owner, name)
-            if self._rows is not None:
-                self._upload(self._rows, owner, name, folder)
+            if self._jobs is not None:
+                self._upload(self._jobs, owner, name, folder)
                 self._place(owner, name, folder)
                 model.folder = bundle_folder
                 self._engine.add(owner, model)
@@ -252,31 +254,31 @@ class HeadStore:
             self._engine.add(owner, model)
             self._learn(owner)
 
-    def _upload(self, rows: JobStore, owner: str, name: str, folder: Path) -> None:
+    def _upload(self, jobs: JobStore, owner: str, name: str, folder: Path) -> None:
         """Store a model in the bucket, then record it: a model without a record is not served."""
         version = uuid.uuid4().hex
         key = f"{HEADS}/{version}"
         with self.draft() as copy:
             shutil.copytree(folder, copy, dirs_exist_ok=True)
-            rows.storage.put(key, copy)
+            jobs.storage.put(key, copy)
         try:
-            recorded = rows.add_head(owner, name, version, most=self._most)
+            recorded = jobs.heads.add(owner, name, version, most=self._most)
         except DuplicateRow as error:
-            self._forget(rows, version)
+            self._forget(jobs, version)
             raise _taken(name) from error
         except Overloaded as error:
             if not error.uncertain:
-                self._forget(rows, version)
+                self._forget(jobs, version)
             raise
         if not recorded:
-            self._forget(rows, version)
+            self._forget(jobs, version)
             raise self._too_many(self._most)
 
     @staticmethod
-    def _forget(rows: JobStore, version: str) -> None:
+    def _forget(jobs: JobStore, version: str) -> None:
         """Remove the files of a model that has no record."""
         with suppress(Overloaded):  # a sweep removes them
-            rows.storage.remove(f"{HEADS}/{version}")
+            jobs.storage.remove(f"{HEADS}/{version}")
 
     def _learn(self, owner: str) -> None:
         """Take the models that a caller has as served."""
@@ -288,8 +290,8 @@ class HeadStore:
         Raises:
             UnknownModel: the caller has no model of that name.
         """
-        if self._rows is not None:
-            self._remove_row(self._rows, owner, name)
+        if self._jobs is not None:
+            self._remove_row(self._jobs, owner, name)
             return
         with self._alone():
             gone = self._root / f".old-{os.urandom(8).hex()}"
@@ -302,13 +304,13 @@ class HeadStore:
             self._learn(owner)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def _remove_row(self, rows: JobStore, owner: str, name: str) -> None:
+    def _remove_row(self, jobs: JobStore, owner: str, name: str) -> None:
         with self._mutex:
-            version = rows.remove_head(owner, name)
+            version = jobs.heads.remove(owner, name)
             if version is None:
                 raise _unknown(name)
             self._update(owner)
-        self._forget(rows, version)
+        self._forget(jobs, version)
 
     def adopt(self, names: Mapping[str, str]) -> None:
         """Move the models of former owners to new owners.
@@ -321,8 +323,8 @@ class HeadStore:
         """
         with self._alone():
             for former, owner in names.items():
-                if self._rows is not None:
-                    for name in self._rows.adopt_heads(former, owner):
+                if self._jobs is not None:
+                    for name in self._jobs.heads.adopt(former, owner):
                         _log_kept(name)
                     self._update(former)
                     self._update(owner)

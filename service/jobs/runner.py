@@ -34,8 +34,9 @@ from service.errors import (
 )
 from service.infer.engine import Engine
 from service.jobs.callbacks import CallbackSender
+from service.jobs.job import Job
 from service.jobs.storage import StorageUnreachable
-from service.jobs.store import Job, JobStore, LeaseLost
+from service.jobs.store import JobStore, LeaseLost
 from service.jobs.window_journal import WindowFile
 from service.read.geotiff import BlockCache
 from service.read.references import check_again
@@ -300,7 +301,9 @@ class JobRunner:
             "pimc.model": job.model,
             "pimc.lease": job.lease,
         }
-        return self._traces.job(f"job {job.task}", self._store.submitted(job), attributes)
+        return self._traces.job(
+            f"job {job.task}", self._store.job_requests.submitted(job), attributes
+        )
 
     def _take(self) -> Job | None:
         if self._closing.is_set():
@@ -395,7 +398,7 @@ class JobRunner:
         free = isinstance(problem, UnknownModel)
         _LOG.error("job fails", exc_info=error, extra={"code": problem.code})
         # Free disk space first: on a full disk the failure cannot be recorded.
-        self._store.make_room(job)
+        self._store.files.make_room(job)
         self._record(lambda: self._store.fail(job, problem, free_key=free))
 
     def _record(self, write: Callable[[], None]) -> bool:
@@ -420,7 +423,7 @@ class JobRunner:
 
     def _complete(self, job: Job, cancelled: threading.Event) -> None:
         # A result exists already if the service was killed before it recorded the success.
-        if not self._store.published(job):
+        if not self._store.results.published(job):
             if job.attempts > _MAX_ATTEMPTS:
                 raise InternalError(
                     f"the server stopped {_MAX_ATTEMPTS} times while it ran job {job.id}, each "
@@ -435,17 +438,17 @@ class JobRunner:
                 raise Cancelled(f"the success of job {job.id} is not recorded") from error
 
     def _compute(self, job: Job, cancelled: threading.Event) -> None:
-        self._store.prepare(job)
-        request = self._store.request(job)
+        self._store.files.prepare(job)
+        request = self._store.job_requests.read(job)
         if isinstance(request, RasterRequest):
-            check_again(request.files, self._store.folder(job), self._roots)
+            check_again(request.files, self._store.files.folder(job), self._roots)
         plan = self._plan(job, request, cancelled)
         card = plan.model.card
         if (card.id, card.sha256) != (job.model, job.sha256):
             _LOG.info("job upgraded", extra={"from": job.model, "to": card.id})
             job = self._store.change_model(job, card.id, card.sha256)
         self._store.begin(job, f"{plan.model.provider} {plan.model.variant}")
-        work = self._store.work(job)
+        work = self._store.files.work(job)
         work.mkdir()
         done = 0.0
 
@@ -478,7 +481,7 @@ class JobRunner:
             key=job.owner,
             of=plan.predicts_for,
         )
-        self._store.publish(job, work, result)
+        self._store.results.publish(job, work, result)
 
     def _plan(self, job: Job, request: TaskRequest, cancelled: threading.Event) -> Plan:
         """Plan a job with the model that it was accepted for, or with a later version.
@@ -502,7 +505,7 @@ class JobRunner:
         now = self._engine.named(name, job.owner)
         if now is not None and (now.card.id, now.card.sha256) == (job.model, job.sha256):
             return plan_with(request)
-        if now is not None and self._store.may_upgrade(job):
+        if now is not None and self._store.job_requests.may_upgrade(job):
             return plan_with(replace(request, model=name))
         served = (
             "which the server no longer has"

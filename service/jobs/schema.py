@@ -10,10 +10,10 @@ from pathlib import Path
 
 from service.jobs import outbox
 from service.jobs.database import Database, Session, UnusableDatabase
-from service.jobs.files import size_of, sync_file, sync_folder
+from service.jobs.files import size_of, sync_folder
+from service.jobs.job_files import result_name, windows_name, write_request
 
 SCHEMA_VERSION = 6
-REQUEST = "request.json"
 _SCHEMA = """
 CREATE TABLE jobs (
     number {number},  -- the order of acceptance
@@ -84,21 +84,6 @@ _LEASES = """
 ALTER TABLE jobs ADD COLUMN lease INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE jobs ADD COLUMN expires DOUBLE PRECISION;
 ALTER TABLE windows ADD COLUMN lease INTEGER NOT NULL DEFAULT 0"""
-
-
-def windows_name(lease: int) -> str:
-    """Name of the file of the windows that were finished under a lease."""
-    return f"windows-{lease}"
-
-
-def work_name(lease: int) -> str:
-    """Name of the folder of a lease's run."""
-    return f"work-{lease}"
-
-
-def result_name(lease: int) -> str:
-    """Name of the folder of the result that was published under a lease."""
-    return f"result-{lease}"
 
 
 def upgrade(database: Database, jobs: Path) -> None:
@@ -198,11 +183,3 @@ _STEPS: Mapping[int, Callable[[Session, Path], None]] = {
     5: _add_heads,
 }
 """Upgrades from each version to the next, within its transaction."""
-
-
-def write_request(folder: Path, document: str) -> None:
-    """Write a job's request, synced to disk."""
-    path = folder / REQUEST
-    path.write_text(document, encoding="utf-8")
-    sync_file(path)
-    sync_folder(folder)

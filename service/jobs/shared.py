@@ -18,9 +18,9 @@ from pathlib import Path
 
 from service.errors import Overloaded
 from service.jobs.files import remove
+from service.jobs.job_files import INPUT, JOBS_FOLDER, job_of
 from service.jobs.s3 import storage_for
 from service.jobs.storage import Storage
-from service.jobs.store import INPUT, JOBS_FOLDER, job_of
 from service.settings import Settings
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from service.errors import Cancelled
-from service.jobs.store import Job, JobStore
+from service.jobs.job import Job
+from service.jobs.store import JobStore
 from service.run.windows import Arrays, Step
 
 _LOG = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class WindowFile:
         self._store = store
         self._job = job
         self._progress = progress
-        self._log = store.windows(job)
+        self._log = store.files.windows(job)
         self._end = store.storage.length(self._log)
 
     def load(self, step: Step) -> Arrays | None:
@@ -57,7 +58,7 @@ class WindowFile:
         if found is None:
             return None
         lease, offset, length = found
-        log = self._store.windows(self._job, lease)
+        log = self._store.files.windows(self._job, lease)
         try:
             # NumPy's archive is a zip, which holds a checksum of each array.
             content = self._store.storage.read_part(log, offset, length)

@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from service.grid import Window
-from service.jobs.store import Job, JobStore
+from service.jobs.job import Job
+from service.jobs.store import JobStore
 from service.run.execute import Result
 from service.run.executors import Timing
 from service.run.windows import Step
@@ -32,13 +33,13 @@ def taken(store: JobStore) -> Job:
     """The job that a replica runs next, with its uploads at hand."""
     job = store.take()
     assert job is not None
-    store.prepare(job)
+    store.files.prepare(job)
     return job
 
 
 def publish(store: JobStore, job: Job, content: str | bytes, task: str = "embed") -> None:
     """Publish a result whose class map has this content."""
-    work = store.work(job)
+    work = store.files.work(job)
     work.mkdir(parents=True)
     path = work / "class.tif"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -46,7 +47,7 @@ def publish(store: JobStore, job: Job, content: str | bytes, task: str = "embed"
         task=task, model="m@1", provider="CPU", document={}, pixels=1,
         files={"class": path}, timing=Timing(read=0, infer=0, write=0), warnings=(),
     )  # fmt: skip
-    store.publish(job, work, result)
+    store.results.publish(job, work, result)
 
 
 def refusal(backend: Backend) -> str:

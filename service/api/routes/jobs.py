@@ -49,10 +49,11 @@ from service.api.sending import StoredFile
 from service.errors import InvalidRequest, NotFound, ResultNotReady, shown
 from service.infer.smooth import MAX_RADIUS
 from service.jobs.callbacks import caller_secret, secret_text
+from service.jobs.job import Job, JobFilter, JobStatus, removed
 from service.jobs.outbox import Event
 from service.jobs.serialise import StoredResult, document_bytes
 from service.jobs.storage import RemoteFile
-from service.jobs.store import Job, JobFilter, JobStatus, JobStore, removed
+from service.jobs.store import JobStore
 from service.run.derive import Cleaning, check_derivable, derivation_need, derive_map
 from service.run.request import RasterRequest
 from service.write.legend import SIDECAR, sidecar_of, style_of
@@ -213,9 +214,9 @@ async def read_result(job_id: str, request: Request, app: App, caller: Caller) -
     if job.status == "failed":
         return problem(request, job.error)
     readers = app.downloads.readers
-    stored = await to_thread.run_sync(app.jobs.outline, job, limiter=readers)
+    stored = await to_thread.run_sync(app.jobs.job_requests.outline, job, limiter=readers)
     media = negotiate(request.headers.get("accept", ""), offers(stored))
-    result = await to_thread.run_sync(app.jobs.result, job, limiter=readers)
+    result = await to_thread.run_sync(app.jobs.results.read, job, limiter=readers)
     make = partial(stored_response, app.jobs, job, result, media, app.reserve)
     return await app.downloads.made(share_of(caller, request.scope), make)
 
@@ -232,7 +233,7 @@ async def read_item(job_id: str, request: Request, app: App, caller: Caller) -> 
     if job.status == "failed":
         return problem(request, job.error)
     readers = app.downloads.readers
-    result = await to_thread.run_sync(app.jobs.result, job, limiter=readers)
+    result = await to_thread.run_sync(app.jobs.results.read, job, limiter=readers)
     here = f"{root_of(request)}/jobs/{job.id}"
     item = await to_thread.run_sync(_linked_item, result, here, limiter=readers)
     if item is None:
@@ -245,7 +246,7 @@ def _items(app: AppState, jobs: Sequence[Job], here: str) -> list[dict[str, Any]
 
     def item(job: Job) -> dict[str, Any] | None:
         with suppress(ResultNotReady):  # the result was removed meanwhile
-            return _linked_item(app.jobs.result(job), f"{here}/{job.id}")
+            return _linked_item(app.jobs.results.read(job), f"{here}/{job.id}")
         return None
 
     with ThreadPoolExecutor(_ITEMS_AT_ONCE) as threads:
@@ -313,7 +314,7 @@ async def read_output(
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    result = await to_thread.run_sync(app.jobs.result, job, limiter=app.downloads.readers)
+    result = await to_thread.run_sync(app.jobs.results.read, job, limiter=app.downloads.readers)
     outlined = output == POLYGONS and POLYGONS not in result.files and "class" in result.files
     if outlined or ((smooth or min_area) and output in {"class", POLYGONS}):
         media = COG
@@ -376,9 +377,9 @@ def _derived(
     name = f"{output}-{how.name}"
 
     def make(path: Path) -> None:
-        original = app.jobs.outline(job)
+        original = app.jobs.job_requests.outline(job)
         smoothed_by = original.smooth or 0 if isinstance(original, RasterRequest) else 0
-        with app.jobs.on_disk(job, result) as copy:
+        with app.jobs.results.on_disk(job, result) as copy:
             files = on_this_machine(copy.files)
             most = app.settings.sync_max_pixels
             check_derivable(files, how, smoothed_by=smoothed_by, most_pixels=most)
@@ -386,15 +387,18 @@ def _derived(
             with app.budget.take(need, cancelled=cancelled, patience=PATIENCE):
                 derive_map(files, how, output, path, cancelled=cancelled)
 
-    made = app.jobs.ready(job, name + suffix, make)
+    made = app.jobs.results.derived(job, name + suffix, make)
     if media != GEOJSON:
         return made
 
     def convert(path: Path) -> None:
-        with app.jobs.on_disk(job, result) as copy, app.jobs.copied(made) as polygons:
+        with (
+            app.jobs.results.on_disk(job, result) as copy,
+            app.jobs.results.copied(made) as polygons,
+        ):
             write_geojson(copy, polygons, path)
 
-    return app.jobs.ready(job, f"{name}.geojson", convert)
+    return app.jobs.results.derived(job, f"{name}.geojson", convert)
 
 
 async def find_job(app: AppState, caller: str | None, job_id: str) -> Job:
@@ -430,7 +434,7 @@ def callback_body(job: Job, event: Event, *, jobs: JobStore, root_path: str) -> 
     """
     if event == "success" and job.status == "successful":
         with suppress(ResultNotReady):  # removed meanwhile, as the status states
-            delivery = jobs.delivery(job)
+            delivery = jobs.job_requests.delivery(job)
             if delivery is not None:
                 here = f"{root_path}/jobs/{job.id}/results"
                 return dict(links_to(Delivery.of(delivery).outputs, here))

@@ -77,8 +77,8 @@ from service.errors import (
     UnsupportedMedia,
     shown,
 )
+from service.jobs.job import Job, removed
 from service.jobs.serialise import json_parts
-from service.jobs.store import Job, removed
 from service.read.geotiff import SourceFile
 from service.read.placement import Place
 from service.read.references import fetch_items
@@ -233,11 +233,11 @@ def _respond(
 
 
 def _stored(app: AppState, request: Request, job: Job) -> Results:
-    result = app.jobs.result(job)
+    result = app.jobs.results.read(job)
     return Results(
         result=result,
-        ready=partial(app.jobs.ready, job),
-        on_disk=partial(app.jobs.on_disk, job, result),
+        ready=partial(app.jobs.results.derived, job),
+        on_disk=partial(app.jobs.results.on_disk, job, result),
         reserve=app.reserve,
         boundary=f"pimc-{job.id}",
         here=f"{root_of(request)}/jobs/{job.id}/results",
@@ -299,10 +299,10 @@ def _finished(app: AppState, request: Request, job: Job) -> tuple[Results, Deliv
             f"job {job.id} has no results: its status is '{job.status}', its progress "
             f"{job.progress} %; the results exist once the status is 'successful'"
         )
-    results, stored = _stored(app, request, job), app.jobs.delivery(job)
+    results, stored = _stored(app, request, job), app.jobs.job_requests.delivery(job)
     if stored is not None:
         return results, Delivery.of(stored)
-    return results, default_delivery(app.jobs.outline(job), results.result.files)
+    return results, default_delivery(app.jobs.job_requests.outline(job), results.result.files)
 
 
 # Inputs -------------------------------------------------------------------------------------------

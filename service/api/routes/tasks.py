@@ -40,8 +40,9 @@ from service.api.stac import stac_request
 from service.api.uploads import FIELDS, FILES, FORM, media_type, read_form, read_json
 from service.errors import MOST_ERRORS, InvalidRequest, NotReady, first_names
 from service.jobs.callbacks import check_subscriber
+from service.jobs.job import Job
+from service.jobs.job_requests import Idempotency, fingerprint
 from service.jobs.serialise import json_parts
-from service.jobs.store import Idempotency, Job, fingerprint
 from service.read.containers import unpack, unpacked_bytes
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
