@@ -311,7 +311,7 @@ def shortened(region: Region, size: int, seed: int) -> Iterator[Region]:
 
 
 def brightened(region: Region) -> list[str]:
-    """How well `clouds.brightened` tells dates whose mask should mark something from clear ones.
+    """How well `clouds.brightened` separates dates with something to mask from clear ones.
 
     Of random series of 2 to 24 dates. A date is clear if SCL calls 98 % of its pixels clear, and
     cloudy if 30 %; a series is found if a fifth of the pixels of one of its dates is brightened,

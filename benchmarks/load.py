@@ -581,8 +581,8 @@ NEED_KEYS = frozenset({"hogs"})
 def _probe(host: str, port: int, out: Connection) -> None:
     """Request health and metrics in a separate process until stopped, at least once.
 
-    A server at 9 of 10 queue slots is not ready, which is no failure beside clients that send more
-    than it can take; so these responses are counted.
+    A server at 9 of 10 queue slots is not ready, which does not count as a failure beside clients
+    that send more than it can take; so these responses are counted.
     """
     found: dict[str, list[float]] = {path: [] for path in (*_PROBES, _NEW)}
     unready = 0

@@ -586,7 +586,7 @@ class Table(_Result, Sequence[Mapping[str, Any]]):
         `.gpkg`, `.parquet`, `.geoparquet`, `.fgb` and `.shp`.
 
         Raises:
-            ValueError: the suffix is none of these.
+            ValueError: the suffix is not one of these.
             ImportError: the format needs GeoPandas, which is not installed.
         """
         target = Path(path)

@@ -82,7 +82,7 @@ def hindcasts(
 ) -> Hindcasts:
     """Hindcasts of every tenth day, whose interval is right for noise of 0.1.
 
-    What came is near the model's median, persistence or last year's date, as `kind` says.
+    The observed values are near the model's median, persistence or last year's date, by `kind`.
     """
     rng = np.random.default_rng(seed)
     ages = np.repeat(np.arange(10, days + 1, 10), pixels)

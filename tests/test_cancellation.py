@@ -470,7 +470,7 @@ def test_a_zip_is_no_longer_unpacked_once_the_client_has_left(
         caller.sendall(sent(path, body))
         assert gate.reached.wait(PATIENCE)
     assert noticed.wait(PATIENCE)
-    # The request itself, which asks, is the only one.
+    # Only this request for the metrics is in flight.
     assert soon(lambda: "pimc_requests_in_flight 1.0" in api.get("/metrics").text)
     assert gate.calls == 1 < len(sources)
 
@@ -496,5 +496,5 @@ def test_files_are_no_longer_fetched_once_the_client_has_left(
         fetched.settimeout(PATIENCE)
         while fetched.recv(4096):
             pass
-        # The request itself, which asks, is the only one.
+        # Only this request for the metrics is in flight.
         assert soon(lambda: "pimc_requests_in_flight 1.0" in api.get("/metrics").text)

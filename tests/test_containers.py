@@ -77,7 +77,7 @@ def values(stack: Stack) -> np.ndarray:
 
 @pytest.fixture
 def product(tmp_path: Path) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
-    """A product's folder: 10 m bands also at 20 m, SCL at 20 m, and files that are no band."""
+    """A product's folder: 10 m bands also at 20 m, SCL at 20 m, and files that are not bands."""
     members: dict[str, bytes] = {f"{ROOT}/MTD_MSIL2A.xml": XML.format(OFFSETS).encode()}
     bands: dict[str, np.ndarray] = {}
     for band in (*BANDS, "SCL"):
@@ -226,7 +226,7 @@ def test_geotiffs_may_be_sent_in_a_zip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by", ["date", "band", "order"])
-def test_the_name_of_a_zip_tells_what_its_members_do_not(tmp_path: Path, by: str) -> None:
+def test_the_name_of_a_zip_adds_what_its_members_lack(tmp_path: Path, by: str) -> None:
     days = ("2021-01-05", "2021-01-15", "2021-02-04")
     names = ("B02", "B04", "B08")
     numbers = {
@@ -242,7 +242,7 @@ def test_the_name_of_a_zip_tells_what_its_members_do_not(tmp_path: Path, by: str
             for band in names
         ]
     else:
-        # Without a date in its name, a zip still tells its granule.
+        # Without a date in its name, a zip still identifies its granule.
         name = "S2_{}.zip" if by == "date" else "download ({}).zip"
         zips = [
             zipped(

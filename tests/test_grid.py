@@ -26,7 +26,7 @@ def rows(of: Grid, expected: slice | range) -> np.ndarray:
 def geodesic_hectares(
     transform: Affine, row: int, column: int, *, ellipsoid: str = "WGS84"
 ) -> float:
-    """Area of a pixel of a geographic grid, its edges cut fine: parallels are no geodesics."""
+    """Area of a pixel of a geographic grid, its edges cut fine: parallels are not geodesics."""
     steps = np.linspace(0, 1, 200)
     ring = [
         *((column + s, row) for s in steps),

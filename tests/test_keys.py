@@ -330,7 +330,7 @@ def test_refused_keys_are_logged_and_slowed_and_others_of_the_address_are_not(
         slow.start()
         assert soon(lambda: refused(api) == 11)
         assert api.get("/models", headers=OLD).status_code == 200
-        assert api.get("/models").status_code == 401  # no key is no guess
+        assert api.get("/models").status_code == 401  # a missing key does not count
         assert responses == []
         gate.set()
         slow.join(PATIENCE)

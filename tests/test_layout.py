@@ -128,7 +128,7 @@ def test_tags_and_names_of_different_dates_are_named(tmp_path: Path, tag: str) -
     assert warning.code == "dates_contradicted"
     assert "'x_20210102.tif' has the date 2021-01-02 in its name and 2021-01-20" in warning.detail
     assert "(1 of 3 files are so): 2021-01-20 is used" in warning.detail
-    # One day in all tags is that of writing, if the names tell the files apart.
+    # One day in all tags is that of writing, if the names distinguish the files.
     found = stack("2023-05-05", "2023-05-05")
     assert found.dates == (date(2021, 1, 1), date(2021, 1, 2))
     assert "(2 of 2 files are so): 2021-01-01 is used" in found.warnings[0].detail
@@ -369,7 +369,7 @@ def test_numbers_behind_the_names_count_the_dates(tmp_path: Path, form: str, by_
     stack = opened([file], dates=(D1, D2, D3), mask="none")
     assert (stack.dates, band_numbers(stack)) == ((D1, D2, D3), expected(1, 2, 3))
     codes = [warning.code for warning in stack.warnings]
-    assert codes == ([] if form == "t{n}_{b}" else ["dates_assumed"])  # nir_2 is no other band
+    assert codes == ([] if form == "t{n}_{b}" else ["dates_assumed"])  # nir_2 is a date, not a band
     with pytest.raises(
         MissingDates, match=r"for the 3 dates .* numbers \d to \d in the names count"
     ):

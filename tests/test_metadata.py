@@ -94,7 +94,7 @@ from service.read.dates import date_of, named_days, tagged_date, unclear_date
         ("rhos_655", None),
         ("rhos_483", None),
         ("B04 (490 nm)", None),
-        # A number is no wavelength, and water's reflectance is not that of the surface.
+        # A number is not a wavelength, and water's reflectance is not that of the surface.
         ("S2_665", None),
         ("Rrs_492", None),
         ("rhow_B4", None),
@@ -124,7 +124,7 @@ from service.read.dates import date_of, named_days, tagged_date, unclear_date
         ("B13", None),
         ("B0", None),
         ("QA60", None),
-        # Landsat's fourth band is near infrared: neither name can be believed.
+        # Landsat's fourth band is near infrared: neither name can be trusted.
         ("B4 (NIR)", None),
         ("blue and green", None),
         ("", None),
@@ -204,7 +204,7 @@ def test_names_behind_positions(names: list[str | None], found: list[str] | None
         ("2018年1月11日", date(2018, 1, 11)),
         ("2018년 1월 11일", date(2018, 1, 11)),
         ("２０１８年１月１１日", date(2018, 1, 11)),
-        # Words that begin like a month, or that may be no month here.
+        # Words that begin like a month, or that may not be months here.
         ("21Marigold2018", None),
         ("train_01_set_2018", None),
         ("run_01_out_2018", None),
@@ -506,7 +506,7 @@ J5, J15, J25 = date(2021, 1, 5), date(2021, 1, 15), date(2021, 1, 25)
         (["S2_1609841400_B04.tif", "S2_1610706000_B04.tif"], [J5, J15]),
         (["S2_1609804800000.tif", "S2_1610668800000.tif"], [J5, J15]),
         (["S2_1609804800000000000.tif", "S2_1610668800000000000.tif"], [J5, J15]),
-        # Numbers at other times of the day, or on one day, are no times.
+        # Numbers at other times of the day, or on one day, are not times.
         (["S2_1609841400.tif", "S2_1610740000.tif"], [None, None]),
         (["S2_1609841400.tif", "S2_1609841460.tif"], [None, None]),
         # The day of the year after a separator.

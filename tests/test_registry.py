@@ -281,7 +281,7 @@ class TestRegistry:
             "listed",
             "changed",
         }
-        # Another file with a card that vouches for it: the card alone would be believed.
+        # Another file with a card that vouches for it: the card alone would be accepted.
         (tmp_path / "zoo" / "changed" / "model.onnx").write_bytes(b"other")
         changed = card(b"other", name="changed")
         (tmp_path / "zoo" / "changed" / "card.json").write_text(json.dumps(changed))

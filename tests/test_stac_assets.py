@@ -69,7 +69,7 @@ def test_names_of_providers() -> None:
     assert keys(item(landsat, platform="landsat-8")) == ["SR_B2", "SR_B4", "SR_B5", "qa_pixel"]
     hls = {"B02": {}, "B04": {}, "B8A": {}, "Fmask": {}}
     assert keys(item(hls)) == ["B02", "B04", "B8A", "Fmask"]
-    # "rededge" is no red, and a thumbnail no raster.
+    # "rededge" is not red, and a thumbnail is not a raster.
     with pytest.raises(MissingBands, match=r"item 'one' has no asset for B04; .* rededge1"):
         keys(item({"blue": {}, "rededge1": {}, "nir": {}, "red": {"roles": ["thumbnail"]}}))
 

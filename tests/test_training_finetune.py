@@ -223,7 +223,7 @@ class TestFinetune:
         assert len(rows) == best + 2 < 9
         metrics = json.loads((tmp_path / "metrics.json").read_text())
         assert metrics["epoch_chosen_on_the_validation_places"] == best
-        # Called again, it knows that it has stopped.
+        # Called again, it does not train further.
         finetune(run, tmp_path, device="cpu", threads=1)
         with (tmp_path / "log.csv").open() as file:
             assert len(list(csv.DictReader(file))) == len(rows)
@@ -476,7 +476,7 @@ class TestExport:
         models = load_bundle(zoo / "pixels-crops-us").card.metrics["evaluation"]["models"]
         value, low, high = models["random forest"]["accuracy"]
         assert low <= value <= high
-        # A run of another configuration is no evaluation of the bundle.
+        # A run of another configuration does not evaluate the bundle.
         stored["config"]["optimisation"]["epochs"] = 4
         (other / "run.json").write_text(json.dumps(stored))
         evaluate([other], zoo=zoo, report=tmp_path / "other.md")

@@ -244,7 +244,7 @@ def test_a_run_keeps_a_share_of_the_network_that_it_starts_from(
 def test_a_run_is_scored_on_other_imagery(data: Path, apart: list[Path], tmp_path: Path) -> None:
     folder = shutil.copytree(apart[0].parent, tmp_path / "coarse")
     weights = torch.load(folder / "weights.pt", weights_only=True)
-    # After few steps every class has the same share; a low temperature tells the inputs apart.
+    # After few steps every class has the same share; a low temperature distinguishes the inputs.
     weights["head.temperature"].fill_(0.01)
     torch.save(weights, folder / "weights.pt")
     scores = measure_robustness(folder, report=tmp_path / "results.md")

@@ -365,7 +365,7 @@ def test_every_grid_keeps_its_place_and_its_hectares(
     ).json()
     hectares = sum(entry["hectares"] for entry in summary["classes"])
     assert hectares == pytest.approx(geodesic_hectares(given), rel=2e-3)
-    if given["crs"].is_geographic:  # a projection's own distortion is no part of this
+    if given["crs"].is_geographic:  # a projection's own distortion does not count here
         assert hectares == pytest.approx(geodesic_hectares(given), rel=1e-5)
 
 

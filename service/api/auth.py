@@ -370,7 +370,7 @@ def network_of(host: str) -> str:
     """An address as clients are counted: an IPv4 address, or the /64 network of an IPv6 address.
 
     Args:
-        host: address of a client; returned as it is if it is no IP address.
+        host: address of a client; returned unchanged if it is not an IP address.
     """
     try:
         address = ipaddress.ip_address(host)

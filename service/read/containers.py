@@ -130,7 +130,7 @@ def unpack(
 def _below_the_zip(
     source: SourceFile, members: list[SourceFile], times: Mapping[str, int]
 ) -> list[SourceFile]:
-    """The members of a zip, in a folder with its name if that tells what their names do not.
+    """The members of a zip, in a folder with its name if that adds what their names lack.
 
     People download one zip per date, with the same names in each: S2_2021-01-05.zip with B04.tif.
 
@@ -141,12 +141,12 @@ def _below_the_zip(
     """
     own = stem(source.name)
     names = [member.name for member in members if _RASTER.search(member.name)]
-    tells = (
+    adds = (
         any(times[name] > 1 for name in names)
         or (date_of(own) is not None and not any(map(date_of, names)))
         or (band_of(own) is not None and not any(map(band_in_name, names)))
     )
-    if not tells:
+    if not adds:
         return members
     return [replace(member, name=label(f"{own}/{member.name}", 0)) for member in members]
 

@@ -229,7 +229,7 @@ class Workplace:
         self._passes: dict[str, _OpenPass] = {}
         self._own: dict[str, LoadedModel] = {}
         self._lock = threading.Lock()
-        # In a thread of its own: the worker's event loop must answer the scheduler meanwhile.
+        # In a thread of its own: the worker's event loop must respond to the scheduler meanwhile.
         loader = ThreadPoolExecutor(1, thread_name_prefix="models")
         self._loading = loader.submit(self._load, threads)
         loader.shutdown(wait=False)

@@ -10,7 +10,7 @@ from http.server import ThreadingHTTPServer
 
 
 class HTTPServer(ThreadingHTTPServer):
-    """A server of HTTP; a client that closes its connection is no error, and nothing is printed."""
+    """A server of HTTP; a client that closes its connection causes no error and no output."""
 
     daemon_threads = True
     request_queue_size = 128  # of more connections at once than these, one waits for seconds
