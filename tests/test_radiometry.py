@@ -201,7 +201,10 @@ def test_one_date_with_its_bands_swapped_is_named(tmp_path: Path) -> None:
     [
         (lambda own, other: own, None),
         (lambda own, other: other, "'20210205.tif' (2021-02-05), '20210305.tif' (2021-03-05) have"),
-        (lambda own, other: own * [[[1]], [[1]], [[0]]], "all clear pixels sampled of B08 are 0"),
+        (
+            lambda own, other: own * [[[1]], [[1]], [[0]]] + 7,
+            "all clear pixels sampled of B08 are 7",
+        ),
         (lambda own, other: own[[0, 1, 1]], "B04 and B08 are equal in all clear pixels sampled"),
     ],
 )
@@ -968,6 +971,64 @@ def test_a_number_that_stands_for_missing_is_found(
         sits = reader.read(Window(0, 0, 20, 20))
     assert not sits.valid[:, :6].any()
     assert sits.valid[:, 6:].all()
+
+
+@pytest.mark.parametrize(
+    ("number", "rows", "how"),
+    [
+        (0, 6, {}),
+        (0, 20, {}),  # the whole band
+        (0, 6, {"dtype": "float32", "times": 1}),
+        (0, 6, {"nodata": 65_535}),
+        (-9999, 6, {"dtype": "float32", "times": 1}),
+        (-9999, 6, {"dtype": "int16"}),
+    ],
+)
+@pytest.mark.parametrize("band", range(3))
+def test_a_number_that_stands_for_missing_in_one_band_is_found(
+    tmp_path: Path, number: float, rows: int, how: dict, band: int
+) -> None:
+    files = [field(tmp_path / f"20210{month}05.tif", **how) for month in range(1, 5)]
+    with rasterio.open(files[2].path, "r+") as file:
+        pixels = file.read()
+        pixels[band, :rows] = number
+        file.write(pixels)
+    stack = opened(files)
+    (warning,) = found(stack)
+    assert warning.code == "nodata_assumed"
+    share = f"{number} is in {BANDS[band]} of up to {rows / 20:.1%} of the pixels sampled"
+    assert warning.detail.startswith(f"{share}, in '20210305.tif' (2021-03-05), though")
+    with StackReader(calibrate(stack)) as reader:
+        sits = reader.read(Window(0, 0, 20, 20))
+    assert not sits.valid[2, :rows].any()
+    assert sits.valid[2, rows:].all()
+    assert sits.valid[[0, 1, 3]].all()
+
+
+def test_zeros_in_one_band_beside_another_number_in_use_are_named(tmp_path: Path) -> None:
+    files = [field(tmp_path / f"20210{month}05.tif", nodata=65_535) for month in range(1, 5)]
+    with rasterio.open(files[2].path, "r+") as file:
+        pixels = file.read()
+        pixels[2, :6], pixels[:, 15:] = 0, 65_535
+        file.write(pixels)
+    (warning,) = found(opened(files))
+    assert warning.code == "nodata_suspected"
+    assert "0 is in B08 of up to 40.0% of the pixels sampled, in '20210305.tif'" in warning.detail
+
+
+def test_land_so_dark_that_it_was_clipped_is_not_missing(shared_data: Path, tmp_path: Path) -> None:
+    """Blue is 0 in up to 27 % of these pixels, forest on slopes in the shade."""
+    files = []
+    for path in sorted((shared_data / "south_tyrol_2022").glob("S2_L2A_2022-*.tif")):
+        with rasterio.open(path) as file:
+            names = file.descriptions
+            pixels = file.read(window=Window(450, 350, 128, 128))
+        files.append(write(tmp_path / path.name, pixels, descriptions=names))
+    stack = opened(files)
+    assert found(stack) == []
+    with StackReader(calibrate(stack)) as reader:
+        sits = reader.read(Window(0, 0, 128, 128))
+    assert (sits.values[:, 0][sits.valid] == 0).mean(), "the test needs clipped pixels"
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,10 @@ _FILL_SHARE = 0.005
 _FILL_PIXELS = 8
 _NOT_FILL_SHARE = 0.95
 _TAG_IN_USE = 0.05
+# Dark land that was clipped at 0 has many pixels just above 0: more than 0.4 of those at 0 on real
+# scenes. A number that means missing has hardly any beside it.
+_NEXT_TO_FILL = 0.01
+_CLIPPED_SHARE = 0.1
 _NEGATIVE_SHARE = 0.1
 _FEWEST_CLEAR = 20
 # The mask misses the clouds of a date on which this share of the pixels is as bright as clouds, and
@@ -258,7 +262,7 @@ def calibrate(
         return stack
     stack, warnings = _decoded_by_numbers(stack, positions, cache, before_read)
     sample = _sample(stack, positions, cache, before_read)
-    for correct in (_fill, _scaled_already, _not_in_the_pixels, _unstated_offset):
+    for correct in (_fill, _fill_of_bands, _scaled_already, _not_in_the_pixels, _unstated_offset):
         sample, more = correct(sample)
         warnings += more
     warnings += _denied_offset(sample)
@@ -458,6 +462,67 @@ def _fill(sample: _Sample) -> _Corrected:
         f"`gdal_edit.py -a_nodata {number:g} FILE`"
     )
     return sample, [*warnings, StackWarning(code="nodata_assumed", detail=detail)]
+
+
+def _fill_of_bands(sample: _Sample) -> _Corrected:
+    """Detect numbers that mean missing in one band of pixels whose other bands hold values.
+
+    Such a number is the smallest of its band, fills many pixels, and has hardly any number just
+    above it, unlike land so dark that it was clipped.
+    """
+    seen = ~np.isnan(sample.stored[:, 0])
+    present = np.maximum(seen.sum(axis=1), 1)
+    scale = np.array([[plane.scale for plane in own] for own in sample.planes], np.float32)
+    lowest = np.where(seen[:, None], sample.stored, np.float32(np.inf)).min(axis=2)
+    with np.errstate(invalid="ignore"):  # dates without any value
+        above = sample.stored - lowest[:, :, None]
+    some = ~(sample.stored == sample.stored[:, :1]).all(axis=1)  # all bands: `_fill`
+    count = ((above == 0) & some[:, None]).sum(axis=2)
+    beside = ((above > 0) & (above <= (_NEXT_TO_FILL / scale)[:, :, None])).sum(axis=2)
+    many = count >= np.maximum(_FILL_PIXELS, _FILL_SHARE * present)[:, None]
+    alone = beside <= _CLIPPED_SHARE * count
+    found: dict[tuple[int, float], list[int]] = defaultdict(list)
+    for t, c in np.argwhere(many & alone):
+        number = float(lowest[t, c])
+        if number == 0 or _never_reflectance(number, sample.planes[t][c]):
+            found[int(c), number].append(int(t))
+    if not found:
+        return sample, []
+    warnings = []
+    stored, valid, planes = sample.stored.copy(), sample.valid.copy(), list(sample.planes)
+    for (c, number), ts in found.items():
+        share = float((count[:, c] / present)[ts].max())
+        filled = f"{number:g} is in {sample.bands[c]} of up to {share:.1%} of the pixels sampled, "
+        # A band has one nodata number. That of its tag is not in use if no pixel is missing.
+        tagged = [t for t in ts if planes[t][c].nodata is not None and not seen[t].all()]
+        if tagged:
+            detail = (
+                f"{filled}in {sample.names(tagged)}, and the nodata tag names another number, "
+                "which is in use as well: correct the tag, or mask the pixels"
+            )
+            warnings.append(StackWarning(code="nodata_suspected", detail=detail))
+        if len(tagged) == len(ts):
+            continue
+        native = int(number) if number.is_integer() and planes[ts[0]][c].integer else number
+        # Parts that are not sampled may hold it on other dates too, if dark land does not.
+        clipped = (lowest[:, c] == number) & ~alone[:, c]
+        for t in set(ts) - set(tagged) | {
+            t for t, own in enumerate(planes) if own[c].nodata is None and not clipped[t]
+        }:
+            planes[t] = tuple(
+                replace(plane, nodata=native) if n == c else plane
+                for n, plane in enumerate(planes[t])
+            )
+            gone = stored[t, c] == number
+            stored[t][:, gone] = np.nan
+            valid[t] &= ~gone
+        detail = (
+            f"{filled}in {sample.names([t for t in ts if t not in tagged])}, though their other "
+            "bands hold values, and no nodata tag in use names it, so these pixels count as "
+            f"missing: record the number with `gdal_edit.py -a_nodata {number:g} FILE`"
+        )
+        warnings.append(StackWarning(code="nodata_assumed", detail=detail))
+    return replace(sample, stored=stored, valid=valid, planes=tuple(planes)), warnings
 
 
 def _never_reflectance(number: float, plane: Plane) -> bool:
