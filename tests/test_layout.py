@@ -97,6 +97,20 @@ def test_tags_date_a_file_before_its_name(tmp_path: Path, name: str) -> None:
     assert stack.dates == (D1,)
 
 
+def test_dates_that_may_be_those_of_writing_are_named(tmp_path: Path) -> None:
+    def codes(name: str) -> list[str]:
+        files = [
+            one_date(tmp_path / name.format(t), t, tags={"TIFFTAG_DATETIME": f"2021:01:0{t} 10:00"})
+            for t in (1, 2)
+        ]
+        stack = opened(files, mask="none")
+        assert stack.dates == (date(2021, 1, 1), date(2021, 1, 2))
+        return [warning.code for warning in stack.warnings]
+
+    assert codes("x_{}.tif") == ["dates_assumed"]
+    assert codes("x_2021010{}.tif") == []  # the names agree
+
+
 def test_the_acquisition_counts_before_the_time_of_writing(tmp_path: Path) -> None:
     tags = {"TIFFTAG_DATETIME": "2023:05:05 00:00:00", "ACQUISITION_DATE": "2021-01-05"}
     assert opened([one_date(tmp_path / "x.tif", 1, tags=tags)]).dates == (D1,)

@@ -185,7 +185,7 @@ def arrange(
     }
     warnings += _assumed_order(layout, query, used)
     warnings += [*_dates_contradicted(query, slots), *_bands_contradicted(query)]
-    warnings += [*_dated_by_counts(query, slots), *_out_of_order(query, slots)]
+    warnings += [*_dates_assumed(query, slots), *_out_of_order(query, slots)]
     warnings += _top_of_atmosphere(query, used) if dated else []
     warnings += _unused(query, used, layout, options)
     warnings += [_ESTIMATED] if estimated else _missing_mask(granules, rules)
@@ -387,9 +387,11 @@ def _dates_contradicted(
         yield StackWarning(code="dates_contradicted", detail=detail)
 
 
-def _dated_by_counts(query: LayoutQuery, slots: Sequence[BandAssignment]) -> Iterator[StackWarning]:
-    """The warning that numbers behind the names of bands were read as counts of the dates."""
+def _dates_assumed(query: LayoutQuery, slots: Sequence[BandAssignment]) -> Iterator[StackWarning]:
+    """Warnings about dates that are assumed: by numbers of bands, or by TIFFTAG_DATETIME."""
     dates = query.dates
+    if dates is None:
+        yield from _dated_by_writing(slots)
     if dates is None or query.names:
         return
     for file in {id(slot.file): slot.file for slot in slots}.values():
@@ -408,6 +410,29 @@ def _dated_by_counts(query: LayoutQuery, slots: Sequence[BandAssignment]) -> Ite
         )
         yield StackWarning(code="dates_assumed", detail=detail)
         return
+
+
+def _dated_by_writing(slots: Sequence[BandAssignment]) -> Iterator[StackWarning]:
+    """The warning that only the tag of the TIFF standard dates files.
+
+    Planet and others store the acquisition in it, and most programs the time of writing.
+    """
+    files = list({id(slot.file): slot.file for slot in slots if slot.day is not None}.values())
+    written = [
+        file
+        for file, stated in zip(files, stated_days(files), strict=True)
+        if file.written_day and not stated and not any(file.days)
+    ]
+    if not written:
+        return
+    days = sorted(day for file in written if (day := file.written_day))
+    detail = (
+        f"the dates of {counted(len(written), 'file')} ({_quoted([f.name for f in written], 2)}; "
+        f"{days[0]} to {days[-1]}) are those of the tag TIFFTAG_DATETIME, in which many programs "
+        "store when they wrote the file: check them, and give `dates` if they are not those of the "
+        "acquisition"
+    )
+    yield StackWarning(code="dates_assumed", detail=detail)
 
 
 _DIGITS = re.compile(r"(\d+)")
