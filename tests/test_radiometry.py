@@ -240,7 +240,7 @@ def test_a_date_without_any_contrast_is_named(tmp_path: Path, flat: int, said: b
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda own: (own - own.mean()) / own.std(), "are below -0.2, which no reflectance is"),
+        (lambda own: (own - own.mean()) / own.std(), "are below -0.2, which reflectance cannot be"),
         (lambda own: (own - own.min()) / np.ptp(own), "are from 0 to 1 exactly"),
         (lambda own: own, None),
     ],

@@ -342,7 +342,7 @@ def _with_cirrus(query: LayoutQuery, files: Sequence[DescribedFile]) -> list[Sta
     what = "the band B10 (cirrus)" if named else f"{found[0].count} bands"
     detail = (
         f"{counted(len(found), 'file')} ({_quoted([f.name for f in found], 2)}) with {what}, which "
-        "level 1C of Sentinel-2 has and level 2A has not: the reflectance seems to be that at the "
+        "Sentinel-2 level 1C has and level 2A lacks: the reflectance seems to be that at the "
         "top of the atmosphere, which is brighter in blue and red than that of the surface, so "
         "that NDVI is lower: give level 2A, unless the model's card names level 1C in its training "
         "data"
@@ -381,7 +381,7 @@ def _dates_contradicted(
         slot, stated = differing[0]
         detail = (
             f"`dates` gives {slot.day} to '{slot.file.name}', which states {stated} itself "
-            f"({len(differing)} of {len(slots)} are so): what `dates` gives is used; check that it "
+            f"({len(differing)} of {len(slots)} are so): `dates` is used; check that it "
             "is in the order of the files, or leave it out"
         )
         yield StackWarning(code="dates_contradicted", detail=detail)
@@ -508,7 +508,7 @@ def _bands_contradicted(query: LayoutQuery) -> Iterator[StackWarning]:
         file, k, name, own = other[0]
         detail = (
             f"`bands` names band {k} of '{file.name}' {name}, and the file itself {own} "
-            f"({len(other)} of {counted(len(pairs), 'band')} are so): what `bands` gives is used; "
+            f"({len(other)} of {counted(len(pairs), 'band')} are so): `bands` is used; "
             "check its order, or leave it out"
         )
         yield StackWarning(code="bands_contradicted", detail=detail)

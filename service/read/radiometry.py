@@ -1139,15 +1139,15 @@ def _normalised(sample: _Sample, values: Floats, clear: Floats) -> Iterator[Stac
     """The warning that the numbers were normalised, so that they are reflectance no longer.
 
     Standardised numbers are negative where they are below the mean. Numbers that were stretched
-    from 0 to 1 have the same extremes in every band of every date, which no reflectance has.
+    from 0 to 1 have the same extremes in every band of every date; reflectance does not.
     """
     negative = float(np.mean(clear < PLAUSIBLE[0]))
     if negative > _NEGATIVE_SHARE:
         yield StackWarning(
             code="scale_suspected",
-            detail=f"{negative:.0%} of the clear values sampled are below {PLAUSIBLE[0]}, which no "
-            "reflectance is: the numbers may be standardised, as for training a network, or in "
-            "other units; send reflectance, or give `scale` and `offset` that restore it",
+            detail=f"{negative:.0%} of the clear values sampled are below {PLAUSIBLE[0]}, which "
+            "reflectance cannot be: the numbers may be standardised, as for training a network, or "
+            "in other units; send reflectance, or give `scale` and `offset` that restore it",
         )
     extremes = {
         (float(band.min()), float(band.max()))
@@ -1163,7 +1163,7 @@ def _normalised(sample: _Sample, values: Floats, clear: Floats) -> Iterator[Stac
                 code="scale_suspected",
                 detail=f"the values sampled of every band and date are from {low:g} to {high:g} "
                 "exactly: the numbers seem to be stretched to this range, as for viewing or "
-                "training, and are then no reflectance; send reflectance",
+                "training, and are then not reflectance: send reflectance",
             )
 
 
