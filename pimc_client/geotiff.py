@@ -93,7 +93,9 @@ def read_header(file: BinaryIO) -> GeoTIFF:
     try:
         return _header(_first_ifd(file))
     except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise GeoTIFFError(f"the TIFF header is not readable ({error!r})") from error
+        raise GeoTIFFError(
+            f"the TIFF header is damaged ({error!r}): request the file again"
+        ) from error
 
 
 def read_array(file: BinaryIO, header: GeoTIFF) -> NDArray[Any]:
@@ -124,7 +126,8 @@ def _exactly(file: BinaryIO, offset: int, count: int) -> bytes:
     length = file.seek(0, os.SEEK_END)
     if offset + count > length:
         raise GeoTIFFError(
-            f"the file ends at byte {length}, but its header points to byte {offset + count}"
+            f"the file ends at byte {length}, but its header points to byte {offset + count}: "
+            "it is incomplete, so request it again"
         )
     file.seek(offset)
     return file.read(count)
@@ -134,7 +137,10 @@ def _first_ifd(file: BinaryIO) -> Tags:
     file.seek(0)
     start = file.read(16)
     if start[:4] not in {b"II*\0", b"II+\0"}:
-        raise GeoTIFFError(f"not a little-endian TIFF: the file starts with {start[:4]!r}")
+        raise GeoTIFFError(
+            f"not a little-endian TIFF, as the server writes: the file starts with {start[:4]!r}; "
+            "open it with rasterio"
+        )
     big = start[2:3] == b"+"
     # Sizes of: the number of entries, one entry, and the value that fits inside an entry.
     counter, entry_size, inline = ("<Q", 20, 8) if big else ("<H", 12, 4)
@@ -242,7 +248,10 @@ def _metadata_items(xml: str) -> Iterator[tuple[str, str, Mapping[str, str]]]:
         # Python's expat refuses entity bombs and never fetches external entities.
         root = ET.fromstring(xml)  # noqa: S314 (see above)
     except ET.ParseError as error:
-        raise GeoTIFFError(f"the GDAL metadata is not XML ({error})") from error
+        raise GeoTIFFError(
+            f"the GDAL metadata in the TIFF header is not valid XML ({error}): request the file "
+            "again"
+        ) from error
     for item in root.iter("Item"):
         # GDAL escapes the text, and once more when it writes it as XML.
         text = unescape(item.text or "", {"&quot;": '"', "&apos;": "'"})
@@ -326,7 +335,7 @@ class _Tiles:
         if not len(tiles.offsets) == len(tiles.sizes) == expected:
             raise GeoTIFFError(
                 f"the image has {expected} tiles, but its header lists {len(tiles.offsets)} "
-                f"offsets and {len(tiles.sizes)} sizes"
+                f"offsets and {len(tiles.sizes)} sizes: request the file again"
             )
         return tiles
 
@@ -349,10 +358,13 @@ class _Tiles:
         try:
             data = zlib.decompressobj().decompress(packed, size)
         except zlib.error as error:
-            raise GeoTIFFError(f"tile {number} cannot be decoded ({error})") from error
+            raise GeoTIFFError(
+                f"tile {number} cannot be decoded ({error}): request the file again"
+            ) from error
         if len(data) < size:
             raise GeoTIFFError(
-                f"tile {number} decodes to {len(data)} bytes, but has {size} in full"
+                f"tile {number} decodes to {len(data)} bytes instead of {size}: request the file "
+                "again"
             )
         raw = np.frombuffer(data, np.uint8, size).reshape(self.rows, -1)
         pixels = _unpredict(raw, self.predictor, dtype, count)

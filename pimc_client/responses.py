@@ -100,7 +100,8 @@ def parse_result(response: Response, task: str, output: str | None = None) -> Ta
             return Rasters(response.body, about=_about(response))
     except (GeoTIFFError, zipfile.BadZipFile) as error:
         raise UnexpectedAnswer(
-            f"the response states media type '{kind}', but its content is of another type: {error}"
+            f"the response states media type '{kind}', but its content is of another type "
+            f"({error}): check the base URL"
         ) from error
     document = parse_json(response)
     about = _about(response, document)
@@ -144,7 +145,8 @@ def parse_json(response: Response) -> dict[str, Any]:
         document = json.loads(content)
     except ValueError as error:
         raise UnexpectedAnswer(
-            f"the response has media type '{kind}', but is not valid JSON: {error}"
+            f"the response has media type '{kind}', but is not valid JSON ({error}): check the "
+            "base URL"
         ) from error
     if not isinstance(document, dict):
         raise UnexpectedAnswer(
