@@ -37,7 +37,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.landscape import BANDS, days, write_stack
+from benchmarks.landscape import BANDS, BOUNDARY, FORM, days, form, write_stack
 from benchmarks.process import Sampler, Served, machine, served
 from benchmarks.strangers import STRANGERS
 
@@ -51,10 +51,6 @@ SLOWEST_PROBE = 0.100
 """Seconds within which 99 of 100 health and metrics responses must arrive."""
 
 _TIMEOUT = 1800.0
-# A boundary as long as those of httpx, requests and curl: the search for a short one takes three
-# times as long.
-_BOUNDARY = "6f1e2b0c9d8a47e3b5c4f7a1d2e3c4b5"
-FORM = f"multipart/form-data; boundary={_BOUNDARY}"
 _PROBES = ("/health/live", "/health/ready", "/metrics")
 _NEW = "/health/live on a new connection"
 """As most health checks are: the server must accept the connection first."""
@@ -278,18 +274,6 @@ def _stack(root: Path, side: int) -> dict[str, bytes]:
     }
 
 
-def form(files: Mapping[str, bytes], fields: Mapping[str, str] | None = None) -> bytes:
-    """A body of type `FORM`."""
-    parts = [
-        f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode()
-        for name, text in (fields or {}).items()
-    ]
-    for name, content in files.items():
-        head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{name}"'
-        parts.append(f"{head}\r\n\r\n".encode() + content + b"\r\n")
-    return b"".join(parts) + f"--{_BOUNDARY}--\r\n".encode()
-
-
 def _points(count: int) -> str:
     """GeoJSON points around the stacks' upper left corner: some inside, some outside."""
     rng = random.Random(0)
@@ -502,7 +486,7 @@ def dripping(service: Served, over: threading.Event, counts: Counter[str]) -> No
     """Forty uploads of 64 KiB per minute each; an upload that the server ends is started again."""
     head = (
         f"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Type: {FORM}\r\n"
-        f"X-API-Key: {_OTHER_KEY}\r\nContent-Length: {2**31}\r\n\r\n--{_BOUNDARY}\r\n"
+        f"X-API-Key: {_OTHER_KEY}\r\nContent-Length: {2**31}\r\n\r\n--{BOUNDARY}\r\n"
     ).encode()
     drips: list[socket.socket] = []
     while not over.is_set():

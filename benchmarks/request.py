@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.inputs import DATES, PIXELS, pixels_input
-from benchmarks.landscape import days, write_stack
-from benchmarks.load import FORM, form
+from benchmarks.landscape import FORM, days, form, write_stack
 from benchmarks.process import ROOT, Served, machine, served
 from benchmarks.session import CORES
 from benchmarks.tiny_zoo import write_bundle

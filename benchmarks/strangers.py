@@ -25,7 +25,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 
-from benchmarks.landscape import days
+from benchmarks.landscape import FORM, days, form
 from benchmarks.process import Served
 
 _PATIENCE = 600.0
@@ -113,8 +113,8 @@ def _status(connection: socket.socket) -> str:
 
 def _job(service: Served, address: str, key: str, over: threading.Event) -> str | None:
     """A finished job whose result is larger than the buffers of a socket; None if none runs."""
-    body, kind = _form(_files(128, noise=True))
-    headers = {"Content-Type": kind, "Prefer": "respond-async", "X-API-Key": key}
+    body = form(_files(128, noise=True))
+    headers = {"Content-Type": FORM, "Prefer": "respond-async", "X-API-Key": key}
     connection = http.client.HTTPConnection(
         service.host, service.port, timeout=_PATIENCE, source_address=(address, 0)
     )
@@ -144,9 +144,9 @@ def _job(service: Served, address: str, key: str, over: threading.Event) -> str 
 
 def leaving(service: Served, over: threading.Event, counts: Counter[str], *, key: str) -> None:
     """Requests for maps whose clients leave once they have sent them, sixteen per second."""
-    body, kind = _form(_files(128, noise=True))
+    body = form(_files(128, noise=True))
     head = (
-        f"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\n"
+        f"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Type: {FORM}\r\n"
         f"X-API-Key: {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode()
     rounds = 0
@@ -184,8 +184,8 @@ def blocks(service: Served, over: threading.Event, counts: Counter[str], *, key:
     point = {"type": "Point", "coordinates": [3.0005, 50.54]}
     points = {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": point}]}
     fields = {"points": json.dumps(points)}
-    body, kind = _form(_files(_BLOCK, noise=False), fields)
-    headers = {"Content-Type": kind, "X-API-Key": key}
+    body = form(_files(_BLOCK, noise=False), fields)
+    headers = {"Content-Type": FORM, "X-API-Key": key}
     rounds = 0
     while rounds == 0 or not over.is_set():
         rounds += 1
@@ -222,20 +222,6 @@ def _files(side: int, *, noise: bool) -> dict[str, bytes]:
                     file.set_band_description(band, name)
             made[path.name] = path.read_bytes()
     return made
-
-
-def _form(files: Mapping[str, bytes], fields: Mapping[str, str] | None = None) -> tuple[bytes, str]:
-    """A form and its type."""
-    boundary = "a-long-boundary-that-no-file-holds"
-    parts = [
-        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode()
-        for name, text in (fields or {}).items()
-    ]
-    for name, content in files.items():
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"'
-        parts.append(f"{head}\r\n\r\n".encode() + content + b"\r\n")
-    body = b"".join(parts) + f"--{boundary}--\r\n".encode()
-    return body, f"multipart/form-data; boundary={boundary}"
 
 
 class Stranger(Protocol):

@@ -115,6 +115,22 @@ class Grid:
             )
         return cls(crs=crs, transform=transform, width=width, height=height)
 
+    def part(self, left: int, top: int, right: int, bottom: int) -> Grid:
+        """A rectangle of the grid's pixels as a grid, which may extend beyond this one.
+
+        Args:
+            left: its first column.
+            top: its first row.
+            right: the column after its last one.
+            bottom: the row after its last one.
+        """
+        return Grid(
+            crs=self.crs,
+            transform=self.transform @ Affine.translation(left, top),
+            width=right - left,
+            height=bottom - top,
+        )
+
     def locate(
         self, lonlat: Sequence[tuple[float, float]]
     ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:

@@ -341,12 +341,7 @@ def _over(grids: Sequence[Grid], lattice: Grid) -> Grid:
     right, bottom = max(box[2] for box in boxes), max(box[3] for box in boxes)
     if (left, top, right, bottom) == (0, 0, lattice.width, lattice.height):
         return lattice
-    return Grid(
-        crs=lattice.crs,
-        transform=lattice.transform @ Affine.translation(left, top),
-        width=right - left,
-        height=bottom - top,
-    )
+    return lattice.part(left, top, right, bottom)
 
 
 _Box = tuple[int, int, int, int]
@@ -457,12 +452,7 @@ def _part(grid: Grid, bounds: Bounds, field: str) -> Grid:
         )
     if (left, top, right, bottom) == (0, 0, grid.width, grid.height):
         return grid
-    return Grid(
-        crs=grid.crs,
-        transform=grid.transform @ Affine.translation(left, top),
-        width=right - left,
-        height=bottom - top,
-    )
+    return grid.part(left, top, right, bottom)
 
 
 def extent_of(area: Mapping[str, Any]) -> Bounds:
@@ -567,12 +557,7 @@ def warped_part(own: Grid, warp: Warp, window: Window) -> Window | None:
     top, left = top // rows * rows, left // columns * columns
     bottom = min(-(-bottom // rows) * rows, warp.grid.height)
     right = min(-(-right // columns) * columns, warp.grid.width)
-    part = Grid(
-        crs=warp.grid.crs,
-        transform=warp.grid.transform @ Affine.translation(left, top),
-        width=right - left,
-        height=bottom - top,
-    )
+    part = warp.grid.part(left, top, right, bottom)
     return _needed(own, Position(warp=warp), part)
 
 
