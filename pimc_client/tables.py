@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +101,18 @@ def series_of_file(path: Path) -> list[SeriesRows]:
     return [_series_of_json(path, one, number) for number, one in enumerate(listed, 1)]
 
 
+_NOT_CP1252 = frozenset(b"\x81\x8d\x8f\x90\x9d")
+"""Bytes that Windows's code page 1252 does not define."""
+
+
 def _text(path: Path) -> str:
     data = path.read_bytes()
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError:
-        return data.decode("latin-1")
+        # Windows's code page is Latin-1 with letters in place of some control characters.
+        return data.decode("cp1252" if not _NOT_CP1252 & set(data) else "latin-1")
 
 
 def _json(path: Path, text: str) -> Any:  # noqa: ANN401 (any JSON)
@@ -177,6 +183,9 @@ def _series_of_json(path: Path, one: object, number: int) -> SeriesRows:
     return SeriesRows(id=str(one.get("id", number)), dates=one["dates"], bands=bands)
 
 
+_SEPARATOR_LINE = re.compile(r"sep=([,;\t])")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Table:
     """A CSV with a header."""
@@ -188,13 +197,19 @@ class _Table:
 
     @classmethod
     def of(cls, path: Path, text: str) -> _Table:
-        first = text.lstrip().partition("\n")[0]
-        separator = max(",;\t", key=first.count)
+        first, _, rest = text.lstrip().partition("\n")
+        if stated := _SEPARATOR_LINE.fullmatch(first.strip()):  # Excel's first line
+            text, separator = rest, stated[1]
+        else:
+            separator = max(",;\t", key=first.count)
         lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
         lines = [line for line in lines if any(cell.strip() for cell in line)]
         if not lines:
             raise ValueError(f"{path} is empty: give a CSV with a header, or JSON")
         header = [cell.strip() for cell in lines[0]]
+        twice = next((cell for cell in header if cell and header.count(cell) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{path} has two columns {twice}: leave one of them out, or rename it")
         return cls(path=path, header=header, lines=lines[1:], decimal_comma=separator != ",")
 
     def find(self, names: tuple[str, ...]) -> str | None:

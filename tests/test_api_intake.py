@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 
 from benchmarks.serving import served
@@ -23,6 +24,7 @@ from benchmarks.tiny_zoo import write_zoo
 from service.api import uploads as intake
 from service.api.admission import Admission
 from service.api.disconnect import run_watched
+from service.api.schemas.parameter_types import Offset, listed
 from service.api.schemas.validation import read_items, read_parameters
 from service.api.uploads import Form, Limits, media_type, read_form, read_json
 from service.errors import (
@@ -448,3 +450,18 @@ def test_an_area_that_is_not_a_polygon_is_named(kind: str) -> None:
     body = json.dumps({"items": [{"href": "a.tif"}], "area": feature}).encode()
     with pytest.raises(InvalidRequest, match=rf"a GeoJSON {kind} is not a polygon: send a Polygon"):
         read_items("classify-pixels", body, allowed=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2021-01-05,2021-01-15", "2021-01-05; 2021-01-15", '["2021-01-05", "2021-01-15"]',
+     "2021-01-05\n2021-01-15\n", "2021-01-05,\n2021-01-15"],
+)  # fmt: skip
+def test_lists_in_forms_may_be_written_in_several_ways(text: str) -> None:
+    assert listed(text) == listed([text]) == ["2021-01-05", "2021-01-15"]
+    assert listed("2021-01-05,,") == ["2021-01-05", "", ""]  # rejected later
+
+
+def test_a_decimal_comma_is_named() -> None:
+    with pytest.raises(ValidationError, match=r"'0,0001' has a decimal comma: give 0\.0001"):
+        TypeAdapter(Offset).validate_python(["0,0001"])

@@ -272,6 +272,8 @@ def test_standard_output_holds_only_the_file(file, options, body, mime):
 POINTS = {
     "comma.csv": b"id,lon,lat\n1,3.02,50.81\n2,3.5,51\n",
     "excel.csv": "\ufeffName;Longitude;Latitude\r\n1;3,02;50,81\r\n2;3,5;51\r\n".encode(),
+    "separator.csv": b"sep=;\r\nid;lon;lat\r\n1;3,02;50,81\r\n2;3,5;51\r\n",
+    "windows.csv": "lat,lon,id,été\n50.81,3.02,1,oui\n51,3.5,2,5 €\n".encode("cp1252"),
     "latin.csv": "lat,lon,id,été\n50.81,3.02,1,oui\n51,3.5,2,ça\n".encode("latin-1"),
     "tab.csv": "x\ty\tid\n3.02\t50.81\t1\n3.5\t51\t2\n".encode("utf-16"),
     "bom.geojson": b"\xef\xbb\xbf" + json.dumps({
@@ -298,6 +300,8 @@ def test_points_are_read_from_a_file(pimc, file, tmp_path, name):
     assert all(feature["geometry"]["type"] == "Point" for feature in features)
     if name == "latin.csv":
         assert features[1]["properties"]["été"] == "ça"
+    if name == "windows.csv":
+        assert features[1]["properties"]["été"] == "5 €"
 
 
 @pytest.mark.parametrize(
@@ -309,6 +313,7 @@ def test_points_are_read_from_a_file(pimc, file, tmp_path, name):
             "no column of latitudes, only id, lon: name one of its columns lat, latitude or y",
         ),
         (b"lon,lat\n", "has a header but no points"),
+        (b"lon,lat,lon\n3.02,50.81,0\n", "has two columns lon: leave one of them out"),
         (b"lon,lat\n3.02,50.81\nx,50\n", "row 2, column lon: 'x' is not a finite number"),
         (b"lon,lat\n3.02,inf\n", "row 1, column lat: 'inf' is not a finite number"),
         (b"lon,lat\n3.02\n", "row 1: 1 cells but 2 columns"),

@@ -734,6 +734,7 @@ def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> N
         ("S2.grib", b"GRIB\0\0", "GRIB.*gdal_translate"),
         ("B04.tif", b"", "it is empty"),
         ("B04.tif", b"who knows", "reads GeoTIFF and JP2 files"),
+        ("x.tif", b"SUkqAAgAAAARAAABAwABAAAA", "base64: send its bytes"),
     ],
 )
 def test_a_file_that_is_not_a_raster_is_named_with_what_to_do(

@@ -386,6 +386,7 @@ _VRT = "a VRT, which only points to other files: write the pixels with gdal_tran
 _PICTURE = "a picture, which holds no reflectance: export a GeoTIFF"
 _APPLE = "macOS's own data about another file: leave out the files whose names begin with ._"
 _CODESTREAM = "a bare JPEG 2000 codestream without georeference: send the product's .jp2"
+_BASE64 = "a TIFF in base64: send its bytes as they are, without Content-Transfer-Encoding"
 _ARCINFO = (
     "an ESRI grid (ArcInfo), which is a folder of files: convert the folder with gdal_translate "
     "-of COG"
@@ -423,6 +424,8 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
     b"NITF": "NITF: convert it with gdal_translate -of COG",
     b"PCIDSK": "a PCIDSK file: convert it with gdal_translate -of COG",
     b"msid": "MrSID: convert it with gdal_translate -of COG",
+    b"SUkq": _BASE64,
+    b"TU0AK": _BASE64,
     b"RIFF": _PICTURE,
     b"GIF8": _PICTURE,
     b"fgb\x03": "FlatGeobuf: polygons go into the parameter `fields`, as GeoPackage or GeoJSON",

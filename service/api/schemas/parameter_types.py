@@ -28,6 +28,8 @@ QuantileOutput = Literal["q10", "q50", "q90"]
 _MOST_DATED = 1_000
 PLAUSIBLE_DATES = (date(1970, 1, 1), date(2099, 12, 31))
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_JSON_LIST = re.compile(r"\s*\[(.*)\]\s*", re.DOTALL)
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
 _BASELINE = re.compile(r"N?(\d{1,2})\.(\d{2})")
 
 
@@ -63,14 +65,21 @@ def _plausible_date(day: date) -> date:
 
 
 def listed(value: object) -> object:
-    """Split values: "a,b", ["a", "b"] and ["a,b", "c"] become lists."""
+    """Split values: "a,b", "a;b", '["a", "b"]', ["a", "b"] and ["a,b", "c"] become lists."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list | tuple):
         return value
     parts: list[object] = []
     for item in values:
-        parts += item.split(",") if isinstance(item, str) else [item]
-    return [part.strip() if isinstance(part, str) else part for part in parts]
+        parts += _split(item) if isinstance(item, str) else [item]
+    return parts
+
+
+def _split(text: str) -> list[str]:
+    """The values in a text, which may be a list in JSON's form."""
+    found = _JSON_LIST.fullmatch(text)
+    parts = re.split(r"[,;]\s*|\n", (found[1] if found else text).strip())
+    return [part.strip().strip("\"'") if found else part.strip() for part in parts]
 
 
 def _mask(value: object) -> object:
@@ -100,6 +109,11 @@ def _dated(value: object) -> object:
     if len(parts) > _MOST_DATED:
         raise ValueError(f"{len(parts)} numbers; at most {_MOST_DATED} are allowed")
     pairs = [_dated_number(part) for part in parts]
+    texts = value if isinstance(value, list) else [value]
+    if len(texts) == 1 and isinstance(texts[0], str) and _DECIMAL_COMMA.fullmatch(texts[0]):
+        raise ValueError(
+            f"'{shown(texts[0])}' has a decimal comma: give {texts[0].strip().replace(',', '.')}"
+        )
     if len({since for since, _ in pairs}) < len(pairs):
         raise ValueError(
             f"'{shown(value)}' has several numbers for one date or processing baseline: give one "
