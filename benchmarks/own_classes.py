@@ -474,7 +474,7 @@ _OTHERS: Mapping[str, Callable[[Known], float]] = {
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every draw of every region; scores that are in `--out` are not measured again."""
+    """Score every draw of every region; scores that are in `--out` are not measured again."""
     rows: list[dict[str, Any]] = []
     if options.out and options.out.exists():
         rows = json.loads(options.out.read_text())

@@ -47,7 +47,7 @@ _PATIENT = {"PIMC_SYNC_MAX_PIXELS": str(10**9)}
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """Duration."""
+    """Duration of a request or of a run of the bare session."""
 
     clock: float
     """Seconds by the clock."""

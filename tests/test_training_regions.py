@@ -36,7 +36,7 @@ from training.regions import (
     evaluation_sets,
     forecast_region,
     read_report,
-    spreaded,
+    with_spread,
 )
 
 pytestmark = pytest.mark.slow
@@ -216,7 +216,7 @@ class TestCalibration:
         predicted = np.stack([median - 0.06, median, median + 0.06], axis=-1)
         known = rng.random((n, steps, 2)) < 0.7
         spread = fit_spread([(predicted, target, known)])
-        after = spreaded(predicted, spread)
+        after = with_spread(predicted, spread)
         for h in range(steps):
             seen = known[:, h]
             below = (target[:, h] < after[:, h, :, 0])[seen].mean()
@@ -238,7 +238,7 @@ class TestCalibration:
         spread = np.array([[2.0, 0.5], [1.0, 1.0], [3.0, 1.5]])
         head.spread.copy_(torch.tensor(spread))
         after = head(*inputs).detach().numpy()
-        np.testing.assert_allclose(after, spreaded(before, spread), atol=1e-6)
+        np.testing.assert_allclose(after, with_spread(before, spread), atol=1e-6)
 
     def test_weights_of_an_earlier_version_have_a_spread_of_one(self) -> None:
         head = ForecastHead(8, steps=6, indices=2, horizon=3, quantiles=3)
@@ -269,7 +269,7 @@ def test_a_regions_forecast_is_scored_beside_persistence_and_last_year() -> None
     assert scores["coverage"] == 1.0
     first = np.sqrt(np.square(own["persistence"][:, None] - target).mean(axis=(0, 1))).mean()
     assert scores["persistence"] == pytest.approx(float(first), abs=1e-4)
-    narrow = forecast_region(own, spreaded(own["quantiles"], np.full((steps, 2), 0.1)))
+    narrow = forecast_region(own, with_spread(own["quantiles"], np.full((steps, 2), 0.1)))
     assert (narrow["coverage"], narrow["coverage_beside"]) == (0.0, 1.0)
 
 

@@ -832,7 +832,7 @@ def _forecasts(plan: Plan, task: PixelForecast, outputs: Mapping[str, Outputs]) 
     regions = {}
     for name, own in outputs.items():
         spread = spread_across({n: o for n, o in trained.items() if n != name})
-        regions[name] = forecast_region(own, spreaded(own["quantiles"], spread))
+        regions[name] = forecast_region(own, with_spread(own["quantiles"], spread))
     return Report(calibration={"spread": spread_across(trained).round(4).tolist()}, regions=regions)
 
 
@@ -841,7 +841,7 @@ def spread_across(outputs: Mapping[str, Outputs]) -> Floats:
     return fit_spread([(o["quantiles"], o["target"], o["known"]) for o in outputs.values()])
 
 
-def spreaded(quantiles: Floats, spread: Floats) -> Floats:
+def with_spread(quantiles: Floats, spread: Floats) -> Floats:
     """Quantiles (N, H, S, 3) with the distances below and above the median scaled (H, 2)."""
     median = np.asarray(quantiles)[..., 1:2]
     factors = np.stack([spread[:, 0], np.ones(len(spread)), spread[:, 1]], axis=-1)

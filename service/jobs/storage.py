@@ -193,7 +193,7 @@ class FolderStorage:
     """A folder of this machine, which replicas may share over a network.
 
     Args:
-        root: exists.
+        root: an existing folder.
     """
 
     local = True
