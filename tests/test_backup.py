@@ -195,7 +195,7 @@ def test_the_callback_of_a_job_that_ends_while_it_is_copied_is_kept(
         restore(backup, other)
         with closing(sqlite3.connect(other / "jobs.sqlite")) as db, db:
             assert [event for (event,) in db.execute("SELECT event FROM callbacks")] == queued
-            db.execute("UPDATE callbacks SET due = 0")  # it would be tried again later
+            db.execute("UPDATE callbacks SET due = 0")  # it would be retried later
         restored.set()
         with served(state_dir=other, **calling) as api:
             assert api.get(f"/jobs/{job}").json()["status"] == ends

@@ -626,7 +626,7 @@ def test_a_job_waits_while_the_bucket_is_away(
         before = windows(bucket)
         road.cut()
         gate.open()
-        # The run ends at the window that it cannot keep, and is tried again.
+        # The run ends at the window that it cannot keep, and is retried.
         ((lease,),) = bucket.rows("SELECT max(lease) FROM jobs")
         assert soon(lambda: bucket.rows("SELECT max(lease) FROM jobs") > [(lease,)])
         assert api.get(f"/jobs/{job}").json()["status"] in {"accepted", "running"}
