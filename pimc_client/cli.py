@@ -1136,6 +1136,24 @@ def _check_file(out: Path) -> None:
         )
     if not os.access(folder, os.W_OK):
         raise UsageError(f"-o {_shown(out)}: no permission to write in {_shown(folder)}")
+    if _is_others_raster(out):
+        raise UsageError(
+            f"-o {_shown(out)} is a TIFF that PIMC did not write, perhaps an input: name another "
+            "file, or delete it first"
+        )
+
+
+def _is_others_raster(path: Path) -> bool:
+    """Whether a file is a TIFF without PIMC's tags, which a result must not replace."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(_TAGS_WITHIN)
+    return head.startswith((b"II*", b"MM\0*", b"II+", b"MM\0+")) and b"PIMC_" not in head
+
+
+_TAGS_WITHIN = 2**18
+"""Bytes from the beginning of a result within which its tags are."""
 
 
 def _deliver(result: TaskResult, out: Path | None) -> None:

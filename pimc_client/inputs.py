@@ -103,7 +103,8 @@ Dates: TypeAlias = "Sequence[Date] | NDArray[np.datetime64] | Date"
 File: TypeAlias = "str | os.PathLike[str] | BinaryIO | tuple[str, bytes]"
 """A path, an open binary file (sent from its current position), or `(name, bytes)`.
 
-A path may be a file, a folder or zip (all rasters in it, including subfolders), or a glob pattern.
+A path may be a file, a folder or zip (all rasters in it, including subfolders, and those of zips in
+a folder), or a glob pattern.
 """
 Files: TypeAlias = (
     "File | Reference | StacItems | StacSearch | Iterable[File] | Iterable[Reference]"

@@ -16,13 +16,13 @@ import re
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 PIECE = 256 * 1024
 """Bytes read and sent at once."""
-RASTER_SUFFIXES = frozenset({".tif", ".tiff", ".jp2"})
+RASTER_SUFFIXES = frozenset({".tif", ".tiff", ".gtif", ".gtiff", ".geotiff", ".cog", ".jp2"})
 """Endings, in lower case, of the files that are taken from a folder or a zip."""
 
 _PRODUCT_METADATA = re.compile(r"(MTD_MSIL(1C|2A)|S2[ABC]_[A-Z]{4}_MTD_[A-Z0-9]+_.*)\.xml")
@@ -57,6 +57,8 @@ class Source:
 
 def sources_of_paths(paths: Sequence[Path]) -> list[list[Source]]:
     """The files at each path, which is a file, a folder, a zip or a glob pattern.
+
+    Zips in a folder count as folders.
 
     The folder is part of each name, because it may hold the date: `B04.tif` in the folder
     `S2B_31UES_20210105_0_L2A` is sent as `S2B_31UES_20210105_0_L2A/B04.tif`. Files from several
@@ -167,13 +169,28 @@ def _sources_in_folder(folder: Path) -> list[Source]:
     absolute = Path(os.path.abspath(folder))  # noqa: PTH100 (keeps the name of a link)
     top = absolute.parent
     inside = [Path(at, name) for at, _, names in os.walk(absolute) for name in names]
-    found = [file for file in inside if _is_raster(file.relative_to(top))]
-    if not found:
-        raise ValueError(f"the folder {folder} contains no raster ({_suffixes()})")
-    return [_source(file, top) for file in sorted(found)]
+    sources: list[Source] = []
+    for file in sorted(inside):
+        name = file.relative_to(top)
+        if _is_raster(name):
+            sources.append(_source(file, top))
+        elif file.suffix.lower() == ".zip" and not _is_hidden(name) and not _is_unpacked(file):
+            at = name.parent.parts
+            sources += (
+                replace(source, name=str(PurePosixPath(*at, source.name)))
+                for source in _sources_in_zip(file, required=False)
+            )
+    if not sources:
+        raise ValueError(f"the folder {folder} contains no raster ({_suffixes()}, or zips of them)")
+    return sources
 
 
-def _sources_in_zip(path: Path) -> list[Source]:
+def _is_unpacked(file: Path) -> bool:
+    """Whether a folder with the name of a zip lies beside it, so that the zip would count twice."""
+    return file.with_suffix("").is_dir() or file.with_suffix(".SAFE").is_dir()
+
+
+def _sources_in_zip(path: Path, *, required: bool = True) -> list[Source]:
     try:
         with zipfile.ZipFile(path) as archive:
             found = sorted(
@@ -182,7 +199,7 @@ def _sources_in_zip(path: Path) -> list[Source]:
             )
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a readable zip archive: {error}") from error
-    if not found:
+    if not found and required:
         raise ValueError(f"the zip {path} contains no raster ({_suffixes()})")
     locked = [member.filename for member in found if member.flag_bits & 1]
     if locked:
@@ -204,9 +221,12 @@ def _source_in_zip(path: Path, member: zipfile.ZipInfo) -> Source:
 
 def _is_raster(path: PurePath) -> bool:
     # Hidden files are not images of the stack: macOS writes `._a.tif` beside each `a.tif`.
-    hidden = any(part.startswith(".") for part in path.parts[1:] or path.parts)
     raster = path.suffix.lower() in RASTER_SUFFIXES or _PRODUCT_METADATA.fullmatch(path.name)
-    return bool(raster) and not hidden
+    return bool(raster) and not _is_hidden(path)
+
+
+def _is_hidden(path: PurePath) -> bool:
+    return any(part.startswith(".") for part in path.parts[1:] or path.parts)
 
 
 def _suffixes() -> str:

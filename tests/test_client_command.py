@@ -239,6 +239,24 @@ def test_the_output_path_is_checked_before_anything_is_sent(
     assert received == []
 
 
+def test_a_result_replaces_no_raster_but_a_result(pimc, tmp_path):
+    source = tmp_path / "S2_2021-01-05.tif"
+    with rasterio.open(
+        source, "w", driver="GTiff", width=2, height=2, count=1, dtype="uint8"
+    ) as written:
+        written.write(np.ones((1, 2, 2), dtype=np.uint8))
+    before = source.read_bytes()
+    with serving(lambda _: Reply(body=classes(PIMC_MODEL="m@1"), headers=COG)) as (url, received):
+        code, _, err = pimc(url, "classify-pixels", source, "-o", source)
+        assert (code, received) == (2, [])
+        assert "is a TIFF that PIMC did not write, perhaps an input" in unwrapped(err)
+        assert source.read_bytes() == before
+        out = tmp_path / "class.tif"
+        for _ in range(2):  # a result may be written again
+            code, *_ = pimc(url, "classify-pixels", source, "-o", out)
+            assert code == 0
+
+
 def test_a_raster_in_a_folder_is_named_after_its_output(pimc, file, tmp_path):
     with serving(lambda _: Reply(body=classes(), headers=COG)) as (url, _):
         code, *_ = pimc(url, "classify-pixels", file, "-o", tmp_path)
