@@ -854,6 +854,19 @@ def test_land_that_is_darker_than_land_is_suspected(tmp_path: Path) -> None:
     assert codes(opened([field(tmp_path / "b.tif", levels=(0.05, 0.03, 0.02))])) == []
 
 
+def test_flanders_in_thousandths_is_suspected(shared_data: Path, tmp_path: Path) -> None:
+    files, thousandths = [], []
+    for path in sorted((shared_data / "flanders_2017_2018").glob("S2_L2A_2018*.tif"))[::8]:
+        with rasterio.open(path) as file:
+            names, pixels = file.descriptions, file.read()
+        files.append(SourceFile(name=path.name, path=path))
+        pixels[:4] = pixels[:4] // 10
+        thousandths.append(write(tmp_path / path.name, pixels, descriptions=names, nodata=0))
+    assert "scale_suspected" not in codes(opened(files))
+    (warning,) = [w for w in found(opened(thousandths)) if w.code == "scale_suspected"]
+    assert "give scale=0.001" in warning.detail
+
+
 def test_one_band_outside_what_is_plausible_is_refused(tmp_path: Path) -> None:
     """A 16-bit export for viewing: near infrared alone is above 1.6."""
     full = field(tmp_path / "a.tif", times=65_535)
@@ -934,6 +947,23 @@ def test_one_file_that_is_too_bright_is_named(tmp_path: Path) -> None:
     # White clouds do not indicate another unit.
     files[2] = field(tmp_path / "20210305.tif", levels=(0.8, 0.8, 0.9))
     assert codes(opened(files)) == []
+
+
+@pytest.mark.parametrize("times", [2, 0.5])
+def test_one_date_of_another_gain_is_named(shared_data: Path, tmp_path: Path, times: float) -> None:
+    """All bands of a date of South Tyrol by 2 or 0.5; none of the seven dates is named as it is."""
+    files, changed = [], []
+    for path in sorted((shared_data / "south_tyrol_2022").glob("S2_L2A_2022-*.tif")):
+        with rasterio.open(path) as file:
+            names = file.descriptions
+            pixels = file.read(window=Window(450, 350, 64, 64))
+        files.append(write(tmp_path / path.name, pixels, descriptions=names, nodata=0))
+        pixels[:4] = pixels[:4] * times
+        changed.append(write(tmp_path / f"other_{path.name}", pixels, descriptions=names, nodata=0))
+    assert found(opened(files)) == []
+    (warning,) = found(opened([*files[:4], changed[4], *files[5:]]))
+    assert warning.code == "scale_suspected"
+    assert warning.detail.startswith(f"'{changed[4].name}' (2022-06-20): all bands are about")
 
 
 def test_one_blank_file_is_missing(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from service.errors import ImplausibleReflectance, StackWarning, first_names
 from service.grid import Window
-from service.read import alignment, clouds
+from service.read import alignment, clouds, gain
 from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
 from service.read.reflectance import BASELINE_OFFSET, GIVEN, days_in_words
@@ -93,7 +93,8 @@ _LARGEST_UINT16 = 65_535
 # The brightest tenth of any land is brighter than this.
 _BRIGHT_PERCENTILE = 90
 _NEVER_SO_DARK = 9.9e-5
-_NO_LAND_SO_DARK = 0.05
+# Of no real date or patch of land is the brightest tenth of the near infrared below 0.16.
+_NO_LAND_SO_DARK = 0.1
 # Only snow and clouds are brighter than this over a whole raster.
 _NEVER_ALL_SO_BRIGHT = 0.7
 # A date is in smaller units if its brightest tenth is below this share of the other dates'
@@ -277,6 +278,7 @@ def calibrate(
             *_normalised(sample, values, clear),
             *_largest_numbers(sample),
             *_other_units(sample, values),
+            *_other_gain(stack, sample, values),
             *_swapped(sample, values, clear),
             *_repeated(sample),
             *_mask_doubted(stack, sample, values),
@@ -1189,6 +1191,29 @@ def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
             f"{min(levels[t] for t in ts):.2g}, and above {usual:.2g} on the median date: the file "
             "seems to be in other units than the others; give `scale` from a date on, or leave "
             "the file out",
+        )
+
+
+def _other_gain(stack: Stack, sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+    """The warning that all bands of a date are brighter or darker by one factor, such as 2."""
+    if not set(gain.BANDS) <= set(sample.bands):
+        return
+    at = [sample.bands.index(band) for band in gain.BANDS]
+    found = gain.find_gains(
+        values[:, at],
+        sample.valid,
+        _day_numbers(sample),
+        shared=sample.shared,
+        masked=stack.mask != "none" and stack.cloud_bands is None,
+    )
+    if found:
+        ts = sorted(found)
+        low, high = (f"{one(found.values()):.2g}" for one in (min, max))
+        yield StackWarning(
+            code="scale_suspected",
+            detail=f"{sample.names(ts)}: all bands are about {low}{f' to {high}' * (low != high)} "
+            "times as bright as on dates near it, while NDVI is the same: the file seems to be "
+            "scaled differently from the others; give `scale` from a date on, or leave it out",
         )
 
 
