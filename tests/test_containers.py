@@ -6,6 +6,7 @@ import json
 import struct
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -405,6 +406,44 @@ def test_a_stac_item_beside_its_assets_says_date_scale_and_offset(
     stack = opened(files, tmp_path, mask="none")
     assert stack.dates == (date(2021, 1, 5),)
     np.testing.assert_allclose(values(stack), 0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["items", "collection"])
+@pytest.mark.parametrize("top", ["", "stack/"])
+def test_items_in_one_folder_describe_the_files_that_they_link_to(
+    tmp_path: Path, form: str, top: str
+) -> None:
+    files, items = [], []
+    for n, day in enumerate(("2021-01-05", "2021-01-15", "2021-02-04")):
+        assets = {
+            band: {
+                "href": f"https://example.org/scene{n}/{band}.tif?sig=1",
+                "raster:bands": [{"scale": 0.0001 * (n + 1), "offset": 0}],
+            }
+            for band in ("B02", "B04", "B08")
+        }
+        item = {"type": "Feature", "stac_version": "1.0.0", "id": f"i{n}", "assets": assets,
+                "properties": {"datetime": f"{day}T10:50:31Z"}}  # fmt: skip
+        items.append(item)
+        for band in assets:
+            folder = tmp_path / f"{n}{band}"
+            folder.mkdir()
+            found = one_band(folder, f"{band}.tif", 1000)
+            files.append(replace(found, name=f"{top}scene{n}/{band}.tif"))
+    if form == "items":
+        for n, item in enumerate(items):
+            found = as_json(tmp_path, f"item{n}.geojson", item)
+            files.append(replace(found, name=f"{top}{found.name}"))
+    else:
+        found = as_json(tmp_path, "a.json", {"type": "FeatureCollection", "features": items})
+        files.append(replace(found, name=f"{top}{found.name}"))
+    stack = opened(files, tmp_path, mask="none")
+    assert [day.isoformat() for day in stack.dates] == ["2021-01-05", "2021-01-15", "2021-02-04"]
+    np.testing.assert_allclose(values(stack)[:, 0, 0, 0], [0.1, 0.2, 0.3], rtol=1e-5)
+    # Folders that no link names: none of the items is taken for another's.
+    other = [replace(f, name=f.name.replace("scene", "s")) for f in files]
+    with pytest.raises(MissingDates):
+        opened(other, tmp_path, mask="none")
 
 
 def test_an_item_of_many_dates_leaves_the_dates_to_the_names(tmp_path: Path) -> None:

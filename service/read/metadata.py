@@ -12,7 +12,8 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -35,6 +36,7 @@ from service.read.stac import (
 PRODUCT_FILE = re.compile(r"(^|/)(MTD_MSIL(1C|2A)|S2[A-D]_[A-Z]{4}_MTD_[A-Z0-9]+_.*)\.xml$")
 """Names of a Sentinel-2 product's XML."""
 _MOST_COLLECTIONS = 8
+_MOST_ITEMS = 2_000
 MAX_METADATA_BYTES = 4 * 2**20
 """Largest size of a metadata file that is read, bytes."""
 # Sentinel-2's number of each band in its XML.
@@ -126,8 +128,8 @@ def sort_files(files: Sequence[SourceFile]) -> Sorted:
         document = _document(file) if is_json(file.name) else {}
         if isinstance(own := document.get("collection"), str) and own in collections:
             document = dict(with_definitions(document, collections[own]))
-        if item := _item(document, file.name):
-            metadata.append(item)
+        if items := _items(document, file.name):
+            metadata += items
         elif _requested_day(document) == "":
             described.append((file.name, "a request for several days, which dates no single file"))
         elif dates := _date_list(document, file.name):
@@ -169,6 +171,8 @@ class Item:
     """Tags of every raster in the folder."""
     assets: Mapping[str, Described]
     """Metadata of single rasters, by the last part of the raster's name."""
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Where the item's links lead to, by the last part, with the folders before it."""
 
     def tags(self, name: str) -> dict[str, str]:
         """The metadata in the form of tags of one of the rasters."""
@@ -217,13 +221,27 @@ def _band_tags(described: Described, band: AssetBand) -> dict[str, str]:
     }
 
 
-def _item(document: Mapping[str, Any], name: str) -> Item | None:
-    """The metadata in a JSON document with a file name; None if it states none of one raster."""
+def _items(document: Mapping[str, Any], name: str) -> list[Item]:
+    """The metadata in a JSON document with a file name: of an item, or of several in a collection.
+
+    Returns:
+        At most `_MOST_ITEMS`; empty if the document states none of a raster.
+    """
     root = name.rpartition("/")[0]
-    if document.get("type") == "Feature" and "stac_version" in document:
-        return _stac_item(document, root)
+    several = document.get("features") if document.get("type") == "FeatureCollection" else None
+    items = several if isinstance(several, list) else [document]
+    if 0 < len(items) <= _MOST_ITEMS and all(map(_is_an_item, items)):
+        return [_stac_item(item, root) for item in items]
     day = _requested_day(document)
-    return Item(root=root, common={"datetime": day}, assets={}) if day else None
+    return [Item(root=root, common={"datetime": day}, assets={})] if day else []
+
+
+def _is_an_item(document: object) -> bool:
+    return (
+        isinstance(document, dict)
+        and document.get("type") == "Feature"
+        and "stac_version" in document
+    )
 
 
 def _document(file: SourceFile) -> dict[str, Any]:
@@ -302,14 +320,14 @@ def _is_time(value: object) -> bool:
 
 
 def is_json(name: str) -> bool:
-    """Whether a name is that of a JSON file."""
-    return name.lower().endswith(".json")
+    """Whether a name is that of a JSON file, as STAC items also are with the suffix `.geojson`."""
+    return name.lower().endswith((".json", ".geojson"))
 
 
 def is_metadata(file: SourceFile) -> bool:
     """Whether a JSON file describes rasters in a way that the service reads."""
     document = _document(file)
-    return bool(_item(document, file.name) or _date_list(document, file.name))
+    return bool(_items(document, file.name) or _date_list(document, file.name))
 
 
 def with_date_lists(
@@ -367,6 +385,7 @@ def _stac_item(document: Mapping[str, Any], root: str) -> Item:
     if not _is_of_one_time(document):
         common.pop("datetime", None)
     by_name: dict[str, Described] = {}
+    paths: dict[str, str] = {}
     for key, asset in (assets if isinstance(assets, dict) else {}).items():
         if not isinstance(asset, dict):
             continue
@@ -376,12 +395,14 @@ def _stac_item(document: Mapping[str, Any], root: str) -> Item:
             sentinel_2=of_sentinel_2(document),
             numbers=band_numbers(document),
         )
-        by_name[_file_of(str(asset.get("href", "")))] = Described(
+        path = unquote(str(asset.get("href", "")).partition("?")[0])
+        paths[_file_of(path)] = path
+        by_name[_file_of(path)] = Described(
             bands=bands,
             georeference=georeference_of_asset(document, asset),
             ignored_offset=contradiction(common, bands),
         )
-    return Item(root=root, common=common, assets=by_name)
+    return Item(root=root, common=common, assets=by_name, paths=paths)
 
 
 def _file_of(href: str) -> str:
@@ -488,18 +509,35 @@ def ignored_offsets(
 
 
 def _product_of(name: str, products: Sequence[Metadata]) -> Metadata | None:
-    """The metadata document of a file: the one in the nearest of its folders."""
+    """The metadata document of a file: the one in the nearest of its folders.
+
+    Of several items in a folder it is the one that links to the file, by as many folders as its
+    link and the name have in common; None if several do equally.
+    """
     own = [
         p
         for p in products
         if name.startswith(f"{p.root}/")
-        or (not p.root and ("/" not in name or _is_in_a_safe(name, p)))
+        or (not p.root and ("/" not in name or _is_in_a_safe(name, p) or _links_to(p, name) > 1))
     ]
     nearest = [p for p in own if len(p.root) == max(len(one.root) for one in own)]
     if len(nearest) > 1:  # as `pimc stack` writes them: an item for each file of a folder
-        last = name.rpartition("/")[2]
-        nearest = [p for p in nearest if isinstance(p, Item) and last in p.assets]
+        linked = [_links_to(p, name) for p in nearest]
+        most = max(linked)
+        nearest = [p for p, n in zip(nearest, linked, strict=True) if n == most > 0]
+        if len(nearest) > 1 and any(p.tags(name) != nearest[0].tags(name) for p in nearest):
+            return None
     return next(iter(nearest), None)
+
+
+def _links_to(product: Metadata, name: str) -> int:
+    """How many of the last parts of a file's name an item's link to it has; 0 without a link."""
+    parts = name.split("/")
+    path = product.paths.get(parts[-1]) if isinstance(product, Item) else None
+    if path is None:
+        return 0
+    both = zip(reversed(parts), reversed(path.split("/")), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], both)))
 
 
 def _is_in_a_safe(name: str, product: Metadata) -> bool:
