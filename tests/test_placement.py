@@ -107,7 +107,7 @@ def test_windows_are_parts_of_the_whole(tmp_path: Path) -> None:
 
 def test_strict_takes_no_other_grid(tmp_path: Path) -> None:
     files, _ = mixed(tmp_path)
-    with pytest.raises(GridMismatch, match="8 x 6 pixels, not 16 x 12"):
+    with pytest.raises(GridMismatch, match="16 x 12 pixels, not 8 x 6"):
         opened(files, grid="strict")
 
 

@@ -504,6 +504,21 @@ def test_files_on_different_grids_are_rejected(tmp_path: Path, how: dict, both: 
         assert part in caught.value.detail
 
 
+def test_a_mismatch_names_the_file_that_differs_from_most(tmp_path: Path) -> None:
+    """The first file alone has the wrong CRS."""
+    files = [
+        scene(tmp_path / "20210105.tif", numbers(), crs="EPSG:32632"),
+        *(scene(tmp_path / f"20210{month}15.tif", numbers()) for month in range(1, 5)),
+    ]
+    with pytest.raises(GridMismatch) as caught:
+        opened(*files)
+    assert caught.value.detail == (
+        "'20210105.tif' is not on the grid of '20210115.tif': its CRS is EPSG:32632, not "
+        "EPSG:32631 (1 of 5 files differ); grid=EPSG:32631@10 brings all files to one CRS and "
+        "pixel size"
+    )
+
+
 def test_a_mismatch_names_a_suitable_grid(tmp_path: Path) -> None:
     files = [
         scene(tmp_path / "20210105.tif", numbers()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,8 @@ _POLE, _FARTHEST = 90.0, 540.0
 """Largest latitude and longitude, degrees; longitudes may go around the Earth once more."""
 _TOLERANCE = 1e-3
 """Tolerance of a corner's position, in pixels."""
+_AS_FINE = 1.02
+"""Pixels up to this many times as large on the ground count as equally fine: projections differ."""
 _CRS_AND_SIZE = re.compile(r"\s*(?P<crs>[^@]+?)\s*@\s*(?P<size>[0-9.eE+-]+)\s*")
 _DEGREES = CRS.from_epsg(4326)
 _MOST_PIXELS = 2**31 - 1
@@ -172,14 +175,16 @@ def _one_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
     """The grid that all files share.
 
     Raises:
-        GridMismatch: two grids differ; the message states both and a suitable `grid`.
+        GridMismatch: two grids differ; the message states both and a suitable `grid`, and names a
+            file that differs from most of the others.
     """
-    first = grids[0]
-    differs: dict[int, str | None] = {id(first): None}
+    usual = _most_common(grids)
+    name = next(header.name for header, own in zip(headers, grids, strict=True) if own is usual)
+    differs: dict[int, str | None] = {id(usual): None}
     for header, grid in zip(headers, grids, strict=True):
         if id(grid) not in differs:
             try:
-                first.check_same(headers[0].name, grid, header.name)
+                usual.check_same(name, grid, header.name)
                 differs[id(grid)] = None
             except GridMismatch as error:
                 differs[id(grid)] = error.detail
@@ -187,12 +192,21 @@ def _one_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
     if detail:
         other = sum(differs[id(grid)] is not None for grid in grids)
         raise GridMismatch(f"{detail} ({other} of {len(grids)} files differ); {_advice(grids)}")
-    return first
+    return grids[0]
+
+
+def _most_common(grids: Sequence[Grid]) -> Grid:
+    """The grid of most files; of several, the first."""
+    counts = Counter(map(id, grids))
+    return max(grids, key=lambda grid: counts[id(grid)])
 
 
 def _advice(grids: Sequence[Grid]) -> str:
     """The parameter `grid` that would make the files fit together, for messages."""
     finest = min(grids, key=_ground)
+    usual = _most_common(grids)
+    if _ground(usual) <= _AS_FINE * _ground(finest):  # one file may have the wrong CRS
+        finest = usual
     own = f"{crs_name(finest.crs)}@{abs(finest.transform.a):.10g}"
     if all(grid.crs == finest.crs for grid in grids):
         return f"grid=finest brings all files to the finest of them, grid={own} to whole pixels"
