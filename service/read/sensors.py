@@ -74,6 +74,8 @@ BY_NAME: Mapping[str, Sensor] = {
 
 _START = r"(?:^|[/._\- ])"
 _END = r"(?=$|[/._\- ])"
+_FIRST = r"(?:^|/)"
+"""Before short words, which elsewhere in a name may be those of a place or a plot."""
 # Sensors whose bands have the same colours but other wavelengths, in the names of their products.
 _FOREIGN = tuple(
     (pattern, Sensor(name=name, label=label))
@@ -107,6 +109,24 @@ _FOREIGN = tuple(
             "Sentinel-1",
         ),
         (rf"{_START}S3[AB]_SY_", "sentinel-3", "Sentinel-3"),
+        (rf"{_START}(?:AMAZONIA[_\- ]?1|AMZ1){_END}", "amazonia", "Amazonia-1"),
+        (rf"{_START}KOMPSAT[_\- ]?\d?A?{_END}|{_FIRST}K3A{_END}", "kompsat", "KOMPSAT"),
+        (rf"{_START}VENUS[_\-]XS{_END}", "venus", "VENµS"),
+        (rf"{_START}(?:DE2_(?:MS4|PM4|PSH)|DEIMOS[_\- ]?\d?){_END}", "deimos", "Deimos"),
+        (rf"{_START}(?:ZY[13][A-Z\d]*|Ziyuan[_\- ]?\d?){_END}", "ziyuan", "Ziyuan"),
+        (rf"{_START}HJ[12][A-F]{_END}", "huanjing", "Huanjing"),
+        (
+            rf"{_FIRST}SV[12](?:-\d\d)?{_END}|{_START}SuperView[_\- ]?\d?{_END}",
+            "superview",
+            "SuperView",
+        ),
+        (rf"{_START}(?:JL1\w*|Jilin[_\- ]?1\w*){_END}", "jilin", "Jilin-1"),
+        (rf"{_START}(?:TH_CAT|THEOS[_\- ]?\d?){_END}", "theos", "THEOS"),
+        (rf"{_START}(?:ALAV2A\w*|AVNIR[_\- ]?2?){_END}", "alos", "ALOS"),
+        (rf"{_START}IRS[_\- ]?(?:P6|1[CD]|R2A?){_END}", "liss", "Resourcesat"),
+        (rf"{_START}(?:wyvern|dragonette[_\- ]?\d*){_END}", "wyvern", "Wyvern"),
+        (rf"{_START}(?:AVIRIS(?:[_\-]NG)?|EO1[HA]\w*|Hyperion){_END}", "aviris", "AVIRIS or EO-1"),
+        (rf"{_START}(?:DJI\w*|P4M|M3M|micasense\w*){_END}", "drone", "a drone's camera"),
         (rf"{_START}NAIP{_END}|{_START}m_\d{{7}}_[ns][ew]_\d\d_", "naip", "NAIP"),
     )
 )
@@ -123,14 +143,21 @@ _NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
         (rf"{_START}LND(?:0[89]|LG){_END}|{_START}ga_ls[89]c?_|{_START}LC8\d{{13}}", OLI_SCALED),
         (rf"{_START}LND0[4-7]{_END}|{_START}ga_ls[57][te]?_|{_START}L[ET][4-7]\d{{13}}", TM_SCALED),
         (rf"{_START}L[89]_OLI{_END}|{_START}landsat[_\- ]?0?[89]{_END}", OLI),  # L8_OLI: ACOLITE
+        (rf"{_FIRST}L[89]{_END}|{_START}(?:LC8|OLI(?:[_\- ]?[12])?){_END}", OLI),
         (rf"{_START}L[4-7]_E?TM{_END}", TM),
+        (rf"{_FIRST}L[57]{_END}|{_START}(?:LE7|LT5|ETM\+?){_END}", TM),
+        (rf"{_START}(?:lndsr|ledaps|lasrc){_END}", LANDSAT),
         (rf"{_START}landsat[_\- ]?0?[4-7]{_END}", TM),
         (rf"{_START}landsat{_END}", LANDSAT),
-        (rf"{_START}(?:MOD|MYD|MCD)(?:09|13|43)[A-Z]?\d?{_END}", MODIS),
+        (rf"{_START}(?:MOD|MYD|MCD)(?:09|13|43)[A-Z]{{0,2}}\d?{_END}", MODIS),
         (rf"{_START}modis{_END}", MODIS),
         # RapidEye's products are named analytic as PlanetScope's are.
         *_FOREIGN,
         (r"AnalyticMS|PSScene|PlanetScope|SuperDove|planet_medres", PLANETSCOPE),
+        (
+            rf"{_START}PF[_\-](?:SR|QA){_END}|{_START}global_(?:month|quarter)ly_\d{{4}}",
+            PLANETSCOPE,
+        ),
         (rf"_PS_(?:normalized_)?analytic|{_START}PS2(?:_SD)?{_END}", PLANETSCOPE),
         (rf"{_START}S2[A-D]?_(?:MSIL|OPER|L[12]|\d)", SENTINEL_2),
         (rf"{_START}(?:SEN|Sentinel[_\- ]?)2[A-D]?{_END}|{_START}SEN2[LH]{_END}", SENTINEL_2),
