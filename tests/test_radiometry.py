@@ -346,6 +346,34 @@ def test_probabilities_of_clouds_may_be_shares_of_one(
     assert (found != np.stack(clear)).mean() < 0.02
 
 
+@pytest.mark.parametrize(
+    ("times", "dtype", "per_cent"),
+    [(1, "float32", False), (100, "float32", True), (100, "uint16", True)],
+)
+@pytest.mark.parametrize(("mask", "limit"), [(None, 60), ("cs:70", 70)])
+def test_cloud_score_may_be_per_cent(
+    tmp_path: Path, times: int, dtype: str, per_cent: bool, mask: str | None, limit: int
+) -> None:
+    files, clear = [], []
+    for n in range(4):
+        rng = np.random.default_rng(n)
+        pixels = np.array([0.04, 0.05, 0.3])[:, None, None] * rng.uniform(0.8, 1.2, (3, 20, 20))
+        if dtype == "uint16":
+            pixels *= 10_000
+        score = rng.integers(0, 101, (1, 20, 20))
+        own = np.concatenate([pixels, score / 100 * times])
+        own = (np.rint(own) if dtype == "uint16" else own).astype(dtype)
+        path = tmp_path / f"2021{n + 1:02d}05.tif"
+        files.append(write(path, own, descriptions=(*BANDS, "cs_cdf")))
+        clear.append(score[0] >= limit)
+    stack = calibrate(opened(files, **({"mask": mask} if mask else {})))
+    said = [w.detail for w in stack.warnings if w.code == "mask_assumed"]
+    assert len(said) == per_cent
+    assert all("are up to 100 and are read as per cent" in detail for detail in said)
+    with StackReader(stack) as reader:
+        assert np.array_equal(reader.read(Window(0, 0, 20, 20)).valid, np.stack(clear))
+
+
 @pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize("count", [3, 6])
 def test_a_mask_of_clear_pixels_instead_of_clouds_is_doubted(

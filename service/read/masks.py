@@ -266,11 +266,20 @@ def cloud_score(data: Numbers, limit: float = CLOUD_SCORE_LIMIT) -> Clear:
     """Cloud Score+ of Earth Engine: `limit` per cent and more is clear. It also marks shadows.
 
     Source: Earth Engine Data Catalog, GOOGLE/CLOUD_SCORE_PLUS/V1/S2_HARMONIZED, bands `cs` and
-    `cs_cdf`: 0 (not clear) to 1 (clear), float. Integers are not defined, so none is clear.
+    `cs_cdf`: 0 (not clear) to 1 (clear), float. Integers are not defined, so none is clear; those
+    of `cloud_score_per_cent` are told by their numbers.
     """
     if data.dtype.kind != "f":
         return np.zeros(data.shape, np.bool_)
     return np.asarray((data >= limit / 100 - 1e-6) & (data <= 1))
+
+
+def cloud_score_per_cent(data: Numbers, limit: float = CLOUD_SCORE_LIMIT) -> Clear:
+    """Cloud Score+ that was multiplied by 100 for an export: `limit` and more, up to 100, is clear.
+
+    No provider defines it; the stack has the warning `mask_assumed`.
+    """
+    return np.asarray((data >= limit - 1e-4) & (data <= 100))
 
 
 def no_cloud(data: Numbers) -> Clear:
@@ -317,6 +326,21 @@ CLASSES = (
     "read as such; as the bits of HLS, no pixel would be clear"
 )
 SHARES = "are fractions up to 1 and are read as shares of one, not as per cent"
+
+
+PER_CENT = "are up to 100 and are read as per cent, not as shares of one"
+
+
+def are_per_cent(numbers: Numbers) -> bool:
+    """Whether the numbers of a score from 0 to 1 are per cent.
+
+    The largest is above 2, because cubic resampling exceeds 1, and at most 100.
+
+    Args:
+        numbers: of many pixels and dates, of any shape; NaN without a value.
+    """
+    known = numbers[np.isfinite(numbers) & (numbers >= 0)]
+    return bool(known.size and 2 < known.max() <= 100)
 
 
 def are_shares(numbers: Numbers) -> bool:
@@ -468,6 +492,9 @@ class MaskRule:
             limit = LIMITS[self.name] if self.limit is None else self.limit
             shares = partial(cldprb, limit=limit, times=100)
             return Alternative(clear=shares, fits=are_shares, words=SHARES)
+        if self.name == "cs":
+            per_cent = partial(cloud_score_per_cent, limit=self.limit or LIMITS[self.name])
+            return Alternative(clear=per_cent, fits=are_per_cent, words=PER_CENT)
         if self.name != "fmask" or _DEA.search(file) or _HLS.search(file):
             return None
         clear = partial(_whole, fmask_classes, self.band, file)
