@@ -9,10 +9,11 @@ logistic regression. The plain models are a random forest and logistic regressio
 gaps interpolated, with indices: of the three bands that the shipped embedding sees, and of all
 bands of the region. The settings of every model are chosen by cross-validation over places.
 
-Each run is a folder of `python -m training pretrain`; runs that differ in their seed alone share a
-row. Presto (arXiv 2304.14065) sees monthly means of all bands and the place; its public weights are
-the file `data/default_model.pt` of github.com/nasaharvest/presto. Prints the Markdown of
-docs/results.md; with `--out` each score is kept, so that a stopped run resumes. Uses one thread.
+Each run is a folder of `python -m training pretrain`, of which the encoder alone is measured; runs
+that differ in their seed alone share a row. Presto (arXiv 2304.14065) sees monthly means of all
+bands and the place; its public weights are the file `data/default_model.pt` of
+github.com/nasaharvest/presto. Prints the Markdown of docs/results.md; with `--out` each score is
+kept, so that a stopped run resumes. Uses one thread.
 """
 
 from __future__ import annotations
@@ -161,17 +162,23 @@ def embedded(
 
 
 def _graph_arm(row: str, key: str, networks: Networks) -> Arm:
+    """The encoder's own numbers: the series that follow them in a bundle are those of every run."""
     graph = networks.pixel.eval()
     grid = networks.pixel.grid
     window = TimeWindow(
         steps=grid.steps, step_days=round(float(grid.grid[1])), start="fullest-year"
     )
     bands = graph.indices.bands
+
+    def features(region: Region) -> Features | None:
+        found = embedded(region, graph, bands, window)
+        return None if found is None else found[:, : graph.encoder.embedding]
+
     return Arm(
         row=row,
         key=key,
         three=set(bands) <= set(BANDS),
-        features=partial(embedded, graph=graph, bands=bands, window=window),
+        features=features,
     )
 
 
@@ -184,20 +191,33 @@ def untrained_arm() -> Arm:
     return _graph_arm("untrained encoder", key, networks)
 
 
-def shipped_arm(folder: Path = ZOO / "embed-pixel") -> Arm:
-    """An embedding bundle's ONNX file, as served."""
+def shipped_arms(folder: Path = ZOO / "embed-pixel") -> list[Arm]:
+    """An embedding bundle's ONNX file, as served; then its encoder and its series, each alone."""
     bundle = load_bundle(folder)
-    return Arm(
-        row=f"{bundle.card.name} {bundle.card.version}",
-        key=_digest(bundle.path().read_bytes()),
-        three=set(bundle.card.bands) <= set(BANDS),
-        features=partial(
-            embedded,
-            graph=Served(bundle.path()),
-            bands=bundle.card.bands,
-            window=bundle.card.window,
-        ),
+    card = bundle.card
+    length = card.training["config"]["pixel"]["embedding"]
+    parts = {
+        "": slice(None),
+        ", encoder alone": slice(0, length),
+        ", series alone": slice(length, None),
+    }
+    whole = cache(
+        partial(embedded, graph=Served(bundle.path()), bands=card.bands, window=card.window)
     )
+
+    def features(region: Region, part: slice) -> Features | None:
+        found = whole(region)
+        return None if found is None else found[:, part]
+
+    return [
+        Arm(
+            row=f"{card.name} {card.version}{name}",
+            key=_digest(bundle.path().read_bytes()) + name,
+            three=set(card.bands) <= set(BANDS),
+            features=partial(features, part=part),
+        )
+        for name, part in parts.items()
+    ]
 
 
 def run_arms(folders: Sequence[Path]) -> list[Arm]:
@@ -486,7 +506,7 @@ def main() -> None:
     folders = [folder for folder in options.run if (folder / CHECKPOINT).exists()]
     for folder in set(options.run) - set(folders):
         print(f"{folder} holds no {CHECKPOINT} and is left out", file=sys.stderr)
-    arms = [*plain_arms(), untrained_arm(), shipped_arm()]
+    arms = [*plain_arms(), untrained_arm(), *shipped_arms()]
     arms += [presto_arm(options.presto)] if options.presto else []
     arms += run_arms(folders)
     with threadpool_limits(1):

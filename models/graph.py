@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from models.card import Modality
-from models.encoders import EfficientNetLite0, PatchEncoder, PixelEncoder
+from models.encoders import (
+    EfficientNetLite0,
+    PatchEncoder,
+    PixelEncoder,
+    standardised,
+    standardised_roots,
+)
 from models.formulas import SMALLEST_DENOMINATOR, YEAR
 from models.heads import ClassificationHead, ForecastHead
 from models.indices import SpectralIndices
@@ -48,6 +54,9 @@ class PixelGraph(nn.Module):
             0.05 brighter than its neighbours in time counts e^2 times less. Thin cloud, haze and
             snow brighten blue most, and no mask detects all of them. 0 weights all dates equally.
         reflectance: whether the encoders see the bands in addition to the indices.
+        with_series: whether the embedding continues with the standardised series that the encoder
+            sees, index by index and then band by band. An encoder trained without labels discards
+            details of the series that some classes differ in; a linear model needs both.
     """
 
     modality: Modality = "pixel"
@@ -65,8 +74,12 @@ class PixelGraph(nn.Module):
         yearly: bool = False,
         clarity: float = 0.0,
         reflectance: bool = False,
+        with_series: bool = False,
     ) -> None:
         super().__init__()
+        if with_series and head is not None:
+            raise ValueError("only an embedding can continue with the series, so give no head")
+        self.with_series = with_series
         self.indices = SpectralIndices(indices, bands)
         self.grid = TimeGrid(steps, step_days, period=YEAR if yearly else None)
         self.clarity = clarity
@@ -177,8 +190,12 @@ class PixelGraph(nn.Module):
         for (_, head), embeddings in zip(networks, embedded, strict=True):
             if isinstance(head, ForecastHead):
                 outputs.append(head(embeddings, series))
+            elif head is not None:
+                outputs.append(head(embeddings))
+            elif self.with_series:
+                outputs.append(torch.cat([embeddings, *_flat(series, reflectance)], dim=1))
             else:
-                outputs.append(embeddings if head is None else head(embeddings))
+                outputs.append(embeddings)
         return outputs, embedded[0]
 
     def forward(
@@ -208,6 +225,14 @@ def _renamed(_: PixelGraph, state: dict[str, Tensor], prefix: str, *_more: objec
     before = prefix + EARLIER_PREFIX
     for name in [name for name in state if name.startswith(before)]:
         state[f"{prefix}interval.{name.removeprefix(before)}"] = state.pop(name)
+
+
+def _flat(series: Tensor, reflectance: Tensor | None) -> list[Tensor]:
+    """The series as an encoder sees them: (N, K * M), and (N, C * M) if it sees the bands."""
+    parts = [standardised(series)]
+    if reflectance is not None:
+        parts.append(standardised_roots(reflectance))
+    return [part.flatten(1) for part in parts]
 
 
 class PatchGraph(nn.Module):

@@ -17,6 +17,7 @@ from benchmarks.few_labels import (
     monthly,
     plain_arms,
     run_arms,
+    shipped_arms,
     tables,
     three_bands,
 )
@@ -81,12 +82,24 @@ def test_embeddings_are_those_of_the_pixel_alone(region, runs):
                 torch.ones(1, int(clear.sum()), dtype=torch.bool),
                 torch.from_numpy(days[clear]),
             )
-        np.testing.assert_allclose(found[n], alone[0], atol=1e-4)
+        np.testing.assert_allclose(found[n], alone[0, :16], atol=1e-4)
+    assert found.shape == (len(region.values), 16)
 
 
 def test_a_region_without_a_band_of_the_embedding_has_no_score(region, runs):
     narrow = replace(region, bands=("B02", "B04", "B8A", "B11"))
     assert run_arms(runs[:1])[0].features(narrow) is None
+
+
+def test_the_parts_of_the_shipped_embedding_make_up_the_whole(region):
+    whole, encoder, series = (arm.features(region) for arm in shipped_arms())
+    np.testing.assert_array_equal(np.concatenate([encoder, series], axis=1), whole)
+    # NDVI of the step that is nearest to a date, standardised with fixed numbers.
+    days = (np.array(_DATES, "datetime64[D]") - np.datetime64("2021-01-01")).astype(int)
+    known = np.isfinite(region.values[..., 0])
+    ndvi = three_bands(region)[..., 3][known]
+    steps = series.reshape(len(whole), 6, 36)[:, 0, np.clip(days // 10, 0, 35)][known]
+    assert np.corrcoef(ndvi, steps)[0, 1] > 0.95
 
 
 def test_plain_features_are_gap_free_bands_and_indices(region):

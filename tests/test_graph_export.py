@@ -38,6 +38,7 @@ def pixel_graph(
     task: str = "classify",
     yearly: bool = False,
     clarity: float = 0.0,
+    with_series: bool = False,
     **encoder: Any,
 ) -> PixelGraph:
     """A graph whose normalisation has statistics of its own, as after training."""
@@ -64,6 +65,7 @@ def pixel_graph(
         yearly=yearly,
         clarity=clarity,
         reflectance=bool(encoder.get("bands")),
+        with_series=with_series,
     )
     for norm in graph.modules():
         if isinstance(norm, ChannelNorm):
@@ -100,6 +102,7 @@ def outputs_of(graph: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         {"members": 2, "bands": 3},
         {"task": "forecast"},
         {"task": "embed"},
+        {"task": "embed", "with_series": True, "bands": 3},
         {"plots": False},
         {"series": False},
         {"threshold": 0.5},
@@ -210,9 +213,21 @@ class TestFiles:
                 check_parity(other, path, crops)
 
     def test_embeddings(self, tmp_path: Path, crops: dict[str, Any]) -> None:
-        graph = pixel_graph(task="embed")
+        graph = pixel_graph(task="embed", with_series=True, bands=3)
         write(graph, tmp_path / "model.onnx")
         check_parity(graph, tmp_path / "model.onnx", crops)
+
+    def test_int8_embeddings_hold_the_series_unrounded(self, tmp_path: Path) -> None:
+        graph = pixel_graph(task="embed", with_series=True, bands=3)
+        inputs = pixel_inputs(graph, BATCH, 30)
+        write(graph, tmp_path / "apart.onnx", "int8")
+        quantise(tmp_path / "apart.onnx", tmp_path / "int8.onnx", [inputs])
+        inputs["valid"][3] = False
+        found = open_cpu(tmp_path / "int8.onnx").run(None, inputs)[0]
+        expected = outputs_of(graph, inputs).numpy()
+        assert np.isnan(found[3]).all()
+        np.testing.assert_allclose(found[:, 32:], expected[:, 32:], atol=1e-5, equal_nan=True)
+        assert 0.0 < np.nanmax(np.abs(found[:, :32] - expected[:, :32])) < 0.5
 
 
 @pytest.mark.slow

@@ -121,13 +121,15 @@ def test_an_embedding_is_that_of_its_own_bundle(pixels) -> None:
     days = np.linspace(0, 350, 20).astype(np.float32)
     bundle = load_bundle(ZOO / "embed-pixel")
     content = bundle.path().read_bytes()
-    embedding = Embedding(model=content, bands=("B02", "B04", "B08"), length=256)
+    length = bundle.card.embedding
+    assert length is not None
+    embedding = Embedding(model=content, bands=("B02", "B04", "B08"), length=length)
     assert embedding.opset is not None
     both = run(feature_graph(BANDS, series=True, embedding=embedding), values, valid, days)
     alone = run(feature_graph(BANDS, series=False, embedding=embedding), values, valid, days)
     expected = run(content, values[..., [0, 2, 3]], valid, days)
     np.testing.assert_allclose(alone, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(both[:, -256:], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(both[:, -length:], expected, rtol=1e-4, atol=1e-4)
 
 
 def simple(values: np.ndarray) -> kernel.Features:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.encoders import PatchEncoder, PixelEncoder
-from models.formulas import FORMULAS
+from models.formulas import FORMULAS, INDEX_CENTER, INDEX_SPREAD
 from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead, ForecastHead, ProjectionHead
 from models.indices import SpectralIndices
@@ -292,6 +292,27 @@ class TestGraph:
         year_on = graph(values, valid, days, torch.full((2,), 366.25))
         assert (winter - summer).abs().max() > 1e-3
         torch.testing.assert_close(winter, year_on, atol=1e-4, rtol=0)
+
+    def test_an_embedding_with_series_continues_with_what_the_encoder_sees(self) -> None:
+        torch.manual_seed(0)
+        encoder = PixelEncoder(steps=36, width=16, embedding=32, bands=3)
+        common = {"bands": BANDS, "indices": INDICES, "steps": 36, "step_days": 10}
+        common |= {"encoder": encoder, "reflectance": True}
+        alone = PixelGraph(**common, head=None).eval()
+        both = PixelGraph(**common, head=None, with_series=True).eval()
+        values, valid, days = random_series(6, 14)
+        found = both(values, valid, days)
+        series, _, reflectance = both.regular(values, valid, days)
+        assert found.shape == (6, 32 + 6 * 36)
+        torch.testing.assert_close(found[:, :32], alone(values, valid, days))
+        levels = (series - INDEX_CENTER) / INDEX_SPREAD
+        torch.testing.assert_close(found[:, 32 : 32 + 3 * 36].reshape(6, 3, 36), levels)
+        # Roots of reflectance: in the order of reflectance, within the range of the levels.
+        roots = found[:, 32 + 3 * 36 :].reshape(6, 3, 36)
+        assert roots.flatten().argsort().equal(reflectance.clamp(0, 1).flatten().argsort())
+        assert roots.abs().max() < 4
+        with pytest.raises(ValueError, match="give no head"):
+            PixelGraph(**common, head=ClassificationHead(32, 5), with_series=True)
 
 
 class TestWhatTheGridIsGiven:

@@ -5,13 +5,14 @@ import logging
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from typer.core import TyperGroup
 
+from models.card import Modality
 from models.registry import BundleError, load_bundle
 from training.config import ZOO, Run, changed, configuration
 from training.errors import TrainingError
@@ -415,6 +416,9 @@ def embed(
     romania: Annotated[Path | None, typer.Option(help="The Romania cube of nrt 0.2.1.")] = None,
     pastis: Annotated[Path | None, typer.Option(help="A PASTIS folder.")] = None,
     zoo: Annotated[Path, typer.Option(help="Folder that takes the bundles.")] = BUNDLES,
+    modality: Annotated[
+        Modality | None, typer.Option(help="The only bundle to write; both are without it.")
+    ] = None,
     version: Version = None,
     threads: Threads = 0,
 ) -> None:
@@ -424,7 +428,9 @@ def embed(
 
     _use_threads(threads)
     places = Places(data=data, romania=romania, pastis=pastis)
-    for folder in export_embeddings(run, zoo, places=places, version=version):
+    modalities: tuple[Modality, ...] = (modality,) if modality else get_args(Modality)
+    written = export_embeddings(run, zoo, places=places, version=version, modalities=modalities)
+    for folder in written:
         Console().print(str(folder))
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.card import TimeWindow
+from models.card import Modality, TimeWindow
 from models.graph import PatchGraph, PixelGraph
 from training.card import megaflop, parameters, pretrain_command
 from training.config import BANDS, INDICES
@@ -52,11 +52,13 @@ RETRIEVAL_BATCHES = 16
 _PROBED_PATCHES = 5000
 _DESCRIPTIONS = {
     "embed-pixel": (
-        "Embedding of a pixel from a year of B02, B04 and B08: the PIMC pixel encoder on "
-        "recurrence plots of NDVI, EVI and SAVI, pretrained without labels against the imagery "
-        "around the pixel. Not of unit length: normalise before comparing by cosine. From a short "
-        "run on few places: compare its scores with those of an untrained encoder before relying "
-        "on it."
+        "Embedding of a pixel from a year of B02, B04 and B08. The first 256 numbers are the "
+        "output of the PIMC pixel encoder on recurrence plots of NDVI, EVI and SAVI, pretrained "
+        "without labels against the imagery around the pixel. The other 216 are the series that "
+        "the encoder sees, in 36 steps of ten days: NDVI, EVI and SAVI, then the square roots of "
+        "B02, B04 and B08, all standardised with fixed numbers. Not of unit length: normalise "
+        "before comparing by cosine. Pretrained on few places: compare its scores with those of "
+        "its series alone before relying on it."
     ),
     "embed-patch": (
         "Embedding of a 64 x 64 patch from red, green and blue: the PIMC patch encoder, "
@@ -69,19 +71,25 @@ _DESCRIPTIONS = {
 
 
 def export_embeddings(
-    folder: Path, zoo: Path, *, places: Places, version: str | None = None
-) -> tuple[Path, Path]:
-    """Score a finished pretraining run and write both bundles.
+    folder: Path,
+    zoo: Path,
+    *,
+    places: Places,
+    version: str | None = None,
+    modalities: Collection[Modality] = ("pixel", "patch"),
+) -> list[Path]:
+    """Score a finished pretraining run and write its bundles.
 
     Args:
         folder: the run's folder.
         zoo: folder of bundles; those of the same names are replaced.
         places: paths of the data.
-        version: version of both bundles; None keeps the version of the bundles replaced, or starts
+        version: version of the bundles; None keeps the version of the bundles replaced, or starts
             at 1.0.0.
+        modalities: `pixel` writes `embed-pixel`, `patch` writes `embed-patch`.
 
     Returns:
-        The folders of `embed-pixel` and `embed-patch`.
+        The folders of the bundles.
 
     Raises:
         ParityError: ONNX Runtime and torch differ.
@@ -92,81 +100,112 @@ def export_embeddings(
     networks.restore(stored)
     networks.eval()
     sources = open_sources(config.sources, places, seed=config.seed)
-    facts = {**_training_facts(config, stored, folder), "log": last_row(folder)}
     data = pretraining_data(sources.counts())
-    pairs = measure_retrieval(networks, config, sources, folder)
-    crops = crop_sets(places.data)[0]
-    eurosat = eurosat_rgb(places.data / "eurosat")
-    untrained = _untrained(config)
-    pixel, patch = pixel_graph(networks), PatchGraph(encoder=networks.patch, head=None).eval()
-    embedded = embed_crops(pixel, crops), embed_patches(patch, eurosat)
-    scores = probe(embedded[0]), probe(embedded[1])
-    common = {"task": "embed", "licence": LICENCE, "training_data": data, **sensed(data)}
-    return (
-        write_bundle(
-            pixel,
-            zoo / "embed-pixel",
-            fields={
-                **common,
-                "name": "embed-pixel",
-                "description": _DESCRIPTIONS["embed-pixel"],
-                "modality": "pixel",
-                "default": True,
-                "bands": BANDS,
-                "indices": INDICES,
-                "window": _window(config),
-                "day_of_year": False,
-                "min_observations": config.min_observations,
-                "embedding": config.pixel.embedding,
-                "embedding_int8": int8_of({"US crops": embedded[0]})[0],
-                "metrics": {
-                    "crops_us_2021": {
-                        "split": "validation blocks of 0.1 degree; labels are USDA's map",
-                        "pretrained": scores[0],
-                        "untrained": probe(embed_crops(pixel_graph(untrained), crops)),
-                    },
-                    "retrieval": pairs,
+    run = _Finished(
+        config=config,
+        networks=networks,
+        untrained=_untrained(config),
+        pairs=measure_retrieval(networks, config, sources, folder),
+        fields={"task": "embed", "licence": LICENCE, "training_data": data, **sensed(data)},
+        facts=_training_facts(config, stored, folder, modalities),
+    )
+    write = {"pixel": _write_pixels, "patch": _write_patches}
+    return [write[kind](run, zoo, places.data, version) for kind in write if kind in modalities]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Finished:
+    """A finished run, and what the cards of its bundles share."""
+
+    config: PretrainConfig
+    networks: Networks
+    untrained: Networks
+    pairs: Mapping[str, Any]
+    """Retrieval scores."""
+    fields: Mapping[str, Any]
+    """Fields of both cards."""
+    facts: Mapping[str, Any]
+    """Facts about the training, for the field `training`."""
+
+
+def _write_pixels(run: _Finished, zoo: Path, data: Path, version: str | None) -> Path:
+    config, graph = run.config, pixel_graph(run.networks)
+    crops = crop_sets(data)[0]
+    embedded = embed_crops(graph, crops)
+    scores = probe(embedded)
+    # The encoder's own numbers come first.
+    encoder, series = np.split(embedded.embeddings, [config.pixel.embedding], axis=1)
+    return write_bundle(
+        graph,
+        zoo / "embed-pixel",
+        fields={
+            **run.fields,
+            "name": "embed-pixel",
+            "description": _DESCRIPTIONS["embed-pixel"],
+            "modality": "pixel",
+            "default": True,
+            "bands": BANDS,
+            "indices": INDICES,
+            "window": _window(config),
+            "day_of_year": False,
+            "min_observations": config.min_observations,
+            "embedding": embedded.embeddings.shape[1],
+            "embedding_int8": int8_of({"US crops": embedded})[0],
+            "metrics": {
+                "crops_us_2021": {
+                    "split": "validation blocks of 0.1 degree; labels are USDA's map",
+                    "pretrained": scores,
+                    "untrained": probe(embed_crops(pixel_graph(run.untrained), crops)),
+                    "encoder_alone": probe(replace(embedded, embeddings=encoder)),
+                    "series_alone": probe(replace(embedded, embeddings=series)),
                 },
-                "training": {**facts, **_size(pixel, _pixel_example())},
+                "retrieval": run.pairs,
             },
-            real=_real_pixels(crops, crops.validation),
-            typical=[_real_pixels(crops, ~crops.validation)],
-            version=version,
-            loss=lambda file: _loss(scores[0], probe(embed_crops(Served(file), crops))),
-        ),
-        write_bundle(
-            patch,
-            zoo / "embed-patch",
-            fields={
-                **common,
-                "name": "embed-patch",
-                "description": _DESCRIPTIONS["embed-patch"],
-                "modality": "patch",
-                "bands": PATCH_BANDS,
-                "patch": PATCH,
-                "day_of_year": False,
-                "min_observations": 1,
-                "embedding": config.patch.embedding,
-                "embedding_int8": int8_of({"EuroSAT": embedded[1]})[0],
-                "metrics": {
-                    "eurosat": {
-                        "split": "EuroSAT's spatial split; 5,000 random patches of both sides",
-                        "pretrained": scores[1],
-                        "untrained": probe(
-                            embed_patches(PatchGraph(encoder=untrained.patch, head=None), eurosat)
-                        ),
-                    },
-                    "retrieval": pairs,
+            "training": {**run.facts, **_size(graph, _pixel_example())},
+        },
+        real=_real_pixels(crops, crops.validation),
+        typical=[_real_pixels(crops, ~crops.validation)],
+        version=version,
+        loss=lambda file: _loss(scores, probe(embed_crops(Served(file), crops))),
+    )
+
+
+def _write_patches(run: _Finished, zoo: Path, data: Path, version: str | None) -> Path:
+    config, graph = run.config, PatchGraph(encoder=run.networks.patch, head=None).eval()
+    eurosat = eurosat_rgb(data / "eurosat")
+    embedded = embed_patches(graph, eurosat)
+    scores = probe(embedded)
+    untrained = PatchGraph(encoder=run.untrained.patch, head=None)
+    return write_bundle(
+        graph,
+        zoo / "embed-patch",
+        fields={
+            **run.fields,
+            "name": "embed-patch",
+            "description": _DESCRIPTIONS["embed-patch"],
+            "modality": "patch",
+            "bands": PATCH_BANDS,
+            "patch": PATCH,
+            "day_of_year": False,
+            "min_observations": 1,
+            "embedding": config.patch.embedding,
+            "embedding_int8": int8_of({"EuroSAT": embedded})[0],
+            "metrics": {
+                "eurosat": {
+                    "split": "EuroSAT's spatial split; 5,000 random patches of both sides",
+                    "pretrained": scores,
+                    "untrained": probe(embed_patches(untrained, eurosat)),
                 },
-                "training": {
-                    **facts,
-                    **_size(patch, [torch.rand(1, len(PATCH_BANDS), PATCH, PATCH)]),
-                },
+                "retrieval": run.pairs,
             },
-            real={"patches": _reflectance(eurosat, np.flatnonzero(eurosat.validation)[:64])},
-            version=version,
-            loss=lambda file: _loss(scores[1], probe(embed_patches(Served(file), eurosat))),
-        ),
+            "training": {
+                **run.facts,
+                **_size(graph, [torch.rand(1, len(PATCH_BANDS), PATCH, PATCH)]),
+            },
+        },
+        real={"patches": _reflectance(eurosat, np.flatnonzero(eurosat.validation)[:64])},
+        version=version,
+        loss=lambda file: _loss(scores, probe(embed_patches(Served(file), eurosat))),
     )
 
 
@@ -322,17 +361,21 @@ def _size(graph: PixelGraph | PatchGraph, example: Sequence[torch.Tensor]) -> di
 
 
 def _training_facts(
-    config: PretrainConfig, stored: Mapping[str, Any], folder: Path
+    config: PretrainConfig,
+    stored: Mapping[str, Any],
+    folder: Path,
+    modalities: Collection[Modality],
 ) -> dict[str, Any]:
+    export = f"python -m training embed {folder.as_posix()} --romania CUBE"
+    if len(modalities) == 1:
+        export += f" --modality {next(iter(modalities))}"
     return {
-        "command": (
-            f"{pretrain_command(config, folder)} && "
-            f"python -m training embed {folder.as_posix()} --romania CUBE"
-        ),
+        "command": f"{pretrain_command(config, folder)} && {export}",
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "steps": stored["step"],
         "seconds": stored["seconds"],
         "machine": machine(),
         "torch": torch.__version__,
+        "log": last_row(folder),
     }

@@ -27,6 +27,8 @@ _FEWEST_INPUTS = 16
 _PRODUCTS = {"Gemm", "MatMul"}
 # Share of a matrix's values that its int8 scale covers, at each end.
 _KEPT = 0.9999
+# End of the names of nodes that hold a series as it was before int8.
+_UNROUNDED = "_unrounded"
 
 
 class _Product(nn.Module):
@@ -379,8 +381,9 @@ def _round_before_plots(graph: onnx.GraphProto) -> None:
     """Round series before taking the larger of each pair of their values, not after.
 
     One number per step is rounded instead of M, and the plots are made and read in bytes. All
-    other nodes that read the series see them rounded too, because all three terms of
-    |a - b| = 2 max(a, b) - a - b must have the same error.
+    other nodes of the encoder that read the series see them rounded too, because all three terms of
+    |a - b| = 2 max(a, b) - a - b must have the same error. An embedding that continues with the
+    series holds them as they were.
     """
     made_by = {name: node for node in graph.node for name in node.output}
     for rounding in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
@@ -394,9 +397,12 @@ def _round_before_plots(graph: onnx.GraphProto) -> None:
                 views.append(view)
                 side = view.input[0]  # until the series, of which both sides are views
         series = views[-1].input[0]
+        _show_unrounded(graph, series)
         step = rounding.input[1:]
         rounded, restored = f"{series}_whole", f"{series}_near"
         for node in graph.node:
+            if node.name.endswith(_UNROUNDED):
+                continue
             seen = rounded if node in views else restored
             node.input[:] = [seen if name == series else name for name in node.input]
         place = list(graph.node).index(made_by[series]) + 1
@@ -407,6 +413,23 @@ def _round_before_plots(graph: onnx.GraphProto) -> None:
         graph.node.remove(rounding)
     # The recorded types of intermediate values are not correct any more.
     del graph.value_info[:]
+
+
+def _show_unrounded(graph: onnx.GraphProto, series: str) -> None:
+    """Give an output that is joined of several parts a flat copy of the series of its own."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    joined = made_by[graph.output[0].name]
+    if joined.op_type != "Concat":
+        return
+    for n, part in enumerate(joined.input):
+        flat = made_by[part]
+        if flat.input[0] != series:
+            continue
+        copy_of = onnx.NodeProto()
+        copy_of.CopyFrom(flat)
+        copy_of.name = f"{part}{_UNROUNDED}"
+        copy_of.output[0] = joined.input[n] = copy_of.name
+        graph.node.insert(list(graph.node).index(joined), copy_of)
 
 
 def _is_encoders(name: str, weights: Mapping[str, Sequence[int]]) -> bool:

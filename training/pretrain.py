@@ -202,6 +202,7 @@ class Networks(nn.Module):
             encoder=encoder,
             head=None,
             reflectance=config.reflectance,
+            with_series=True,
         )
         self.patch = PatchEncoder(bands=len(PATCH_BANDS), **config.patch.model_dump())
         wide = {"pixel": encoder.embedding, "patch": self.patch.embedding}

@@ -93,6 +93,9 @@ def nearest_logits(train: Floats, labels: Ints, rest: Floats, classes: int) -> F
 
 def _linear(train: Floats, labels: Ints, classes: int) -> tuple[Floats, Floats]:
     """Weights (K, D) and biases (K) of a logistic regression, standardisation included."""
+    # In float64 and to a small tolerance: numbers of an embedding depend on each other, and a
+    # solution that is merely close changes with the last digits of the embedding.
+    train = train.astype(np.float64)
     scaler = StandardScaler().fit(train)
     weight = np.zeros((classes, train.shape[1]), dtype=np.float32)
     bias = np.full(classes, _UNSEEN, dtype=np.float32)
@@ -100,7 +103,7 @@ def _linear(train: Floats, labels: Ints, classes: int) -> tuple[Floats, Floats]:
     if len(there) == 1:  # a single class
         bias[there] = 0.0
         return weight, bias
-    model = LogisticRegression(C=0.1, tol=1e-3, max_iter=_ITERATIONS)
+    model = LogisticRegression(C=0.1, tol=1e-4, max_iter=_ITERATIONS)
     model.fit(scaler.transform(train), labels)
     rows, offsets = model.coef_, model.intercept_
     if len(there) == 2:  # scikit-learn returns one row, for the second class
