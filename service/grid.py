@@ -288,10 +288,12 @@ class Grid:
         west, east = min(xs), max(xs)
         return (west, east) if west < -_TURN / 2 or east > _TURN / 2 else None
 
-    def around(self, crs: CRS) -> tuple[float, float, float, float] | None:
+    def around(self, crs: CRS, *, margin: float = 0.1) -> tuple[float, float, float, float] | None:
         """West, south, east and north of a box around the grid in another CRS; None if unknown.
 
-        The box is larger than the grid by a tenth on each side.
+        Args:
+            crs: CRS of the box.
+            margin: share of the grid's extent by which the box is larger on each side.
         """
         across, down = np.meshgrid(np.linspace(0, 1, _NODES), np.linspace(0, 1, _NODES))
         columns, rows = across.ravel() * self.width, down.ravel() * self.height
@@ -304,13 +306,37 @@ class Grid:
         )
         if not np.isfinite([xs, ys]).all():
             return None
-        margin_x, margin_y = 0.1 * np.ptp(xs), 0.1 * np.ptp(ys)
+        margin_x, margin_y = margin * np.ptp(xs), margin * np.ptp(ys)
         return (
             float(xs.min() - margin_x),
             float(ys.min() - margin_y),
             float(xs.max() + margin_x),
             float(ys.max() + margin_y),
         )
+
+    def away(self, lonlat: Sequence[tuple[float, float]] = ()) -> str:
+        """Where the grid is, for a message about places that are all outside it.
+
+        Args:
+            lonlat: longitude and latitude of each place in degrees, if these were given.
+        """
+        text = "outside the raster"
+        extent = self.around(_DEGREES, margin=0.0)
+        if extent is not None:
+            west, south, east, north = extent
+            text += (
+                f", which covers longitudes {west:.4f} to {east:.4f} and latitudes {south:.4f} to "
+                f"{north:.4f}"
+            )
+        # Latitudes beyond 90 degrees are no longitudes that were exchanged.
+        swapped = [(lat, lon) for lon, lat in lonlat if abs(lon) <= 90]
+        exchanged = int(self.locate(swapped)[2].sum()) if swapped else 0
+        if exchanged:
+            text += (
+                f"; with longitude and latitude exchanged, {exchanged} of {len(lonlat)} are "
+                "inside: give the longitude first"
+            )
+        return text
 
     def check_same(self, name: str, other: Grid, other_name: str) -> None:
         """Check that another file has the same grid.

@@ -133,7 +133,14 @@ def test_series_without_a_clear_observation_have_a_warning(
     assert warning["detail"].startswith("no point has a clear observation: every pixel needs 1")
     away = {**every, "features": every["features"][3:]}
     (warning,) = measured(api, stack, points=away).json()["warnings"]
-    assert warning["detail"].endswith("all 1 are outside the raster")
+    assert "all 1 are outside the raster, which covers longitudes " in warning["detail"]
+    assert "exchanged" not in warning["detail"]
+    for feature in (swapped := points())["features"]:
+        feature["geometry"]["coordinates"].reverse()
+    (warning,) = measured(api, stack, points=swapped).json()["warnings"]
+    assert warning["detail"].endswith(
+        "with longitude and latitude exchanged, 3 of 4 are inside: give the longitude first"
+    )
     assert measured(api, stack, points=every).json()["warnings"] == []
     shapes = polygons()
     shapes["features"] = shapes["features"][2:3]

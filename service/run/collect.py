@@ -360,7 +360,11 @@ def all_missing(run: RasterRun, cache: BlockCache | None) -> StackWarning:
 
 
 def none_predicted(
-    run: RasterRun, statuses: Sequence[JSON], noun: str, cache: BlockCache | None
+    run: RasterRun,
+    statuses: Sequence[JSON],
+    noun: str,
+    cache: BlockCache | None,
+    lonlat: Sequence[tuple[float, float]] = (),
 ) -> tuple[StackWarning, ...]:
     """The warning that no point or field has a prediction, with the reason; empty if one has.
 
@@ -369,12 +373,14 @@ def none_predicted(
         statuses: status of each point or field: ok, no_data, outside or invalid.
         noun: `point` or `field`, for the message.
         cache: GDAL's block cache; None does not change it.
+        lonlat: longitude and latitude of each point in degrees.
     """
     if "ok" in statuses:
         return ()
     if "no_data" in statuses:
         return (all_missing(run, cache),)
-    detail = f"no {noun} has a prediction: all {len(statuses)} are outside the raster"
+    away = run.stack.grid.away(lonlat)
+    detail = f"no {noun} has a prediction: all {len(statuses)} are {away}"
     return (StackWarning(code="all_missing", detail=detail),)
 
 

@@ -248,7 +248,13 @@ def measure(
         (
             *stack.warnings,
             *(fields.warnings if fields else ()),
-            *_none_seen(stack, statuses, "field" if fields else "point", cache),
+            *_none_seen(
+                stack,
+                statuses,
+                "field" if fields else "point",
+                cache,
+                [(point.lon, point.lat) for point in points],
+            ),
             *replaced_properties(own, records),
         )
     )
@@ -296,12 +302,16 @@ def _check_size(places: int, dates: int, *, plots: bool) -> None:
 
 
 def _none_seen(
-    stack: Stack, statuses: Sequence[JSON], noun: str, cache: BlockCache | None
+    stack: Stack,
+    statuses: Sequence[JSON],
+    noun: str,
+    cache: BlockCache | None,
+    lonlat: Sequence[tuple[float, float]],
 ) -> tuple[StackWarning, ...]:
     """The warning that no place has a clear observation, with the reason; empty if one has."""
     if "ok" in statuses or not statuses:
         return ()
-    why = f"all {len(statuses)} are outside the raster"
+    why = f"all {len(statuses)} are {stack.grid.away(lonlat)}"
     if "no_data" in statuses:
         why = why_missing(stack, range(stack.observations), 1, cache=cache)
     detail = f"no {noun} has a clear observation: {why}"

@@ -79,7 +79,7 @@ def run_points(
     warnings = (
         *run_warnings(run),
         *(found.backtested.warnings if found.backtested else ()),
-        *none_predicted(run, statuses, "point", cache),
+        *none_predicted(run, statuses, "point", cache, lonlat),
     )
     return PointOutcome(
         results=tuple(results),
