@@ -123,7 +123,7 @@ def test_mato_grosso(shared_data: Path) -> None:
         sits.values.swapaxes(0, 1)[:, ~missing], raw.swapaxes(0, 1)[:, ~missing], rtol=1e-6
     )
     assert stack.grid.hectares(Window(0, 0, 1, 1))[0, 0] == pytest.approx(5.3665, rel=1e-4)
-    with pytest.raises(MissingDates, match="3 of 3 files"):
+    with pytest.raises(MissingDates, match="each of 3 files"):
         opened(files)
     with pytest.raises(MissingDates, match="137 bands but 136 dates"):
         opened(files, dates=dates[:-1])
