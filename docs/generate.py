@@ -239,15 +239,25 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+_PROBED = {
+    "pretrained": "pretrained",
+    "untrained": "with an untrained encoder",
+    "encoder_alone": "numbers of the pretrained encoder alone",
+    "series_alone": "series alone",
+}
+"""Embeddings that a card has scores of, with their names in tables."""
+
+
 def _probes(data: str, found: Mapping[str, Any]) -> list[str]:
     n = f"n = {found['pretrained']['n_validation']:,}"
     lines = ["", f"Probes of the frozen embedding on `{data}`: {found['split']}; {n}.", ""]
-    lines += ["| encoder | probe | accuracy | macro-F1 |", "|---|---|---|---|"]
-    for encoder in ("pretrained", "untrained"):
+    lines += ["| embedding | probe | accuracy | macro-F1 |", "|---|---|---|---|"]
+    for part, title in _PROBED.items():
         for probe, name in (("linear_probe", "linear"), ("knn_15", "15 nearest neighbours")):
-            score = found[encoder][probe]
-            accuracy, f1 = score["accuracy"], score["macro_f1"]
-            lines.append(f"| {encoder} | {name} | {accuracy:.3f} | {f1:.3f} |")
+            if part in found:
+                score = found[part][probe]
+                accuracy, f1 = score["accuracy"], score["macro_f1"]
+                lines.append(f"| {title} | {name} | {accuracy:.3f} | {f1:.3f} |")
     return lines
 
 
