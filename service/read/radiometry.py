@@ -70,9 +70,9 @@ _USUAL_CONTRAST = np.array([0.31, 3.0])
 # 0, so that with the offset they lie close to 0.1 in both bands, which haze rarely makes them do.
 _GREEN_CONTRAST = np.array([0.1, 3.0])
 _AT_THE_OFFSET = 0.112
-# 0.1 in all bands lowers NDVI, which returns to that of dates near it if 0.1 is subtracted. Of no
-# real date without the offset does less than 0.45 of the difference remain. Such a date is named
-# also if haze lifts its dark end further than the offset does, up to this distance.
+# 0.1 in all bands lowers NDVI, which returns to that of dates near it if 0.1 is subtracted. Of few
+# real dates without the offset does less of the difference remain. Such a date is named also if
+# haze lifts its dark end further than the offset does, up to this distance.
 _NDVI_RESTORED = 0.4
 _HAZY_TOLERANCE = 0.08
 # With the offset, the dark end of a date lies at least this far above that of dates near it.
@@ -83,8 +83,7 @@ _SHARE_OF_RAISED = 0.3
 _BRIGHT_IN_ITSELF = 0.3
 _STATEMENTS = ("the tag", "processing baseline")
 """Beginnings of the sources by which a file states that its values hold no offset."""
-# Haze over a few fields is as even as the offset. Of parts of a stack without it, dates of up to
-# 210 clear pixels were taken for dates with it (docs/decisions/offset-by-pixels.md).
+# Haze over a few fields is as even as the offset (docs/decisions/offset-by-pixels.md).
 _ENOUGH_TO_APPLY = 400
 _MANY_DATES = 3
 _MANY_PIXELS = 10_000
@@ -141,7 +140,7 @@ _SAMPLED_PLACES = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sample:
+class Sample:
     """Sampled pixels of each used date, as stored, and the planes with their scale and offset."""
 
     stored: Floats
@@ -220,7 +219,7 @@ class _Sample:
             return self.names(ts)
         return days_in_words([self.dates[t] for t in ts])
 
-    def corrected(self, ts: Sequence[int], change: Callable[[Plane], Plane]) -> _Sample:
+    def corrected(self, ts: Sequence[int], change: Callable[[Plane], Plane]) -> Sample:
         """The sample with the planes of some dates changed."""
         chosen = set(ts)
         return replace(
@@ -263,7 +262,7 @@ def calibrate(
         return stack
     stack, warnings = _decoded_by_numbers(stack, positions, cache, before_read)
     sample = _sample(stack, positions, cache, before_read)
-    for correct in (_fill, _fill_of_bands, _scaled_already, _not_in_the_pixels, _unstated_offset):
+    for correct in (_fill, _fill_of_bands, _scaled_already, _not_in_the_pixels, unstated_offset):
         sample, more = correct(sample)
         warnings += more
     warnings += _denied_offset(sample)
@@ -358,7 +357,7 @@ def _with_alternative(stack: Stack, words: str) -> Stack:
     )
 
 
-def _with_planes(stack: Stack, sample: _Sample) -> Stack:
+def _with_planes(stack: Stack, sample: Sample) -> Stack:
     """The stack with the corrections that were made to the sample."""
     before = _first_planes(stack)
     after = dict(zip(sample.positions, sample.planes, strict=True))
@@ -401,10 +400,10 @@ def _states(plane: Plane) -> tuple[object, ...]:
 
 # Corrections ------------------------------------------------------------------------------------
 
-_Corrected = tuple[_Sample, list[StackWarning]]
+_Corrected = tuple[Sample, list[StackWarning]]
 
 
-def _fill(sample: _Sample) -> _Corrected:
+def _fill(sample: Sample) -> _Corrected:
     """Detect a number that means missing pixels but is not in a nodata tag."""
     found: dict[float, int] = Counter()
     places: dict[float, list[int]] = defaultdict(list)
@@ -466,7 +465,7 @@ def _fill(sample: _Sample) -> _Corrected:
     return sample, [*warnings, StackWarning(code="nodata_assumed", detail=detail)]
 
 
-def _fill_of_bands(sample: _Sample) -> _Corrected:
+def _fill_of_bands(sample: Sample) -> _Corrected:
     """Detect numbers that mean missing in one band of pixels whose other bands hold values.
 
     Such a number is the smallest of its band, fills many pixels, and has hardly any number just
@@ -538,7 +537,7 @@ def _never_reflectance(number: float, plane: Plane) -> bool:
     return number in {-1.0, 1.0} or shifted or not low <= reflectance <= high
 
 
-def _scaled_already(sample: _Sample) -> _Corrected:
+def _scaled_already(sample: Sample) -> _Corrected:
     """Detect floats that are reflectance already but have the scale and offset of integers."""
     ts = [
         t
@@ -573,12 +572,12 @@ def _bright(values: Floats) -> float:
     return float(np.percentile(np.abs(values), _BRIGHT_PERCENTILE))
 
 
-def _dark_bands(sample: _Sample) -> list[int]:
+def _dark_bands(sample: Sample) -> list[int]:
     """The bands by whose dark end the offset is detected: those in which vegetation is dark."""
     return [sample.bands.index(name) for name in ("B02", "B04") if name in sample.bands]
 
 
-def _percentiles(sample: _Sample, *qs: float) -> NDArray[np.float64]:
+def _percentiles(sample: Sample, *qs: float) -> NDArray[np.float64]:
     """Percentiles of the clear reflectance of the dark bands (Q, T, 2), by date.
 
     NaN for a date without enough clear pixels.
@@ -630,7 +629,7 @@ def _by_date_of_all_bands(values: Floats, valid: NDArray[np.bool_], q: float) ->
     return dict(zip(enough.tolist(), found[enough, 0].tolist(), strict=True))
 
 
-def _not_in_the_pixels(sample: _Sample) -> _Corrected:
+def _not_in_the_pixels(sample: Sample) -> _Corrected:
     """Detect an offset that a file states although it was applied to the pixels already."""
     groups: dict[tuple[float, str], list[int]] = defaultdict(list)
     for t, (plane, *_) in enumerate(sample.planes):
@@ -660,7 +659,7 @@ def _not_in_the_pixels(sample: _Sample) -> _Corrected:
     return sample, warnings
 
 
-def _unstated_offset(sample: _Sample) -> _Corrected:
+def unstated_offset(sample: Sample) -> _Corrected:
     """Detect Sentinel-2's offset in files that do not state it, by the dark end of blue and red."""
     ts = [t for t, (plane, *_) in enumerate(sample.planes) if _may_hold_offset(plane)]
     bands = _dark_bands(sample)
@@ -671,7 +670,9 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
     warnings: list[StackWarning] = []
     without = np.flatnonzero((dark < _NO_LONGER_DARK).any(axis=1)).tolist()
     rise = _rise(sample, dark, without)
-    left = _ndvi_left(sample, without)
+    # NDVI decides about no other dates.
+    close = (np.abs(rise + BASELINE_OFFSET) <= _HAZY_TOLERANCE).all(axis=1)
+    left = _ndvi_left(sample, without, np.flatnonzero(close).tolist())
     above = _above_near(sample, rise, contrast, without, left)
     for late in (False, True):
         side = [t for t in ts if (_is_late(sample, t)) is late]
@@ -723,7 +724,7 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
     return sample, warnings
 
 
-def _denied_offset(sample: _Sample) -> Iterator[StackWarning]:
+def _denied_offset(sample: Sample) -> Iterator[StackWarning]:
     """Warn of dates that look as with Sentinel-2's offset though their files state the contrary.
 
     The statement counts, because haze on every date is possible; a few dates are not judged.
@@ -753,16 +754,14 @@ def _denied_offset(sample: _Sample) -> Iterator[StackWarning]:
         )
 
 
-def _near(sample: _Sample, t: int, without: Sequence[int]) -> list[int]:
+def _near(sample: Sample, t: int, without: Sequence[int]) -> list[int]:
     """The positions of the dates without the offset that are nearest to a date in time."""
     days = _day_numbers(sample)
     near = sorted((abs(days[u] - days[t]), u) for u in without if u != t)
     return [u for _, u in near[:_ALIKE_DATES]]
 
 
-def _rise(
-    sample: _Sample, dark: NDArray[np.float64], without: Sequence[int]
-) -> NDArray[np.float64]:
+def _rise(sample: Sample, dark: NDArray[np.float64], without: Sequence[int]) -> NDArray[np.float64]:
     """How far the dark end of each date lies above that of dates near it, reflectance.
 
     Args:
@@ -781,7 +780,7 @@ def _rise(
 
 
 def _above_near(
-    sample: _Sample,
+    sample: Sample,
     rise: NDArray[np.float64],
     contrast: NDArray[np.float64],
     without: Sequence[int],
@@ -824,12 +823,13 @@ def _above_near(
     return np.where(np.isnan(distance), np.inf, distance)
 
 
-def _ndvi_left(sample: _Sample, without: Sequence[int]) -> NDArray[np.float64]:
+def _ndvi_left(sample: Sample, without: Sequence[int], ts: Sequence[int]) -> NDArray[np.float64]:
     """How far NDVI returns to that of the dates near each date if 0.1 is subtracted.
 
     Args:
         sample: the sample.
         without: positions of dates without the offset, on the sample's T axis.
+        ts: positions of the dates to judge; those without the offset are left out.
 
     Returns:
         (T) the share of NDVI's median difference from that of the medians by pixel over the dates
@@ -844,7 +844,7 @@ def _ndvi_left(sample: _Sample, without: Sequence[int]) -> NDArray[np.float64]:
     def ndvi(of: Floats) -> Floats:
         return np.asarray((of[nir] - of[red]) / (of[nir] + of[red]))
 
-    for t in sorted(set(range(len(values))) - set(without)):
+    for t in sorted(set(ts) - set(without)):
         near = _near(sample, t, without)
         aligned = np.full((len(near), *values[t].shape), np.nan, np.float32)
         for k, u in enumerate(near):
@@ -862,12 +862,12 @@ def _ndvi_left(sample: _Sample, without: Sequence[int]) -> NDArray[np.float64]:
     return found
 
 
-def _day_numbers(sample: _Sample) -> list[int]:
+def _day_numbers(sample: Sample) -> list[int]:
     """The days of the dates; of undated imagery, the positions."""
     return [day.toordinal() for day in sample.dates] or list(range(len(sample.positions)))
 
 
-def _above_others(sample: _Sample, without: Sequence[int], others: Sequence[int]) -> list[int]:
+def _above_others(sample: Sample, without: Sequence[int], others: Sequence[int]) -> list[int]:
     """The dates whose values contain the offset, detected by comparison with dates without it.
 
     A date contains the offset if it shows the same land as a date near it in time and is 0.1
@@ -898,7 +898,7 @@ def _above_others(sample: _Sample, without: Sequence[int], others: Sequence[int]
     return sorted(added.keys() - set(without))
 
 
-def _holds_more(sample: _Sample, values: Floats, t: int, u: int, added: float) -> bool:
+def _holds_more(sample: Sample, values: Floats, t: int, u: int, added: float) -> bool:
     """Whether a date shows the same land as another date, and its values contain the offset.
 
     Args:
@@ -942,7 +942,7 @@ def _may_hold_offset(plane: Plane) -> bool:
     return plane.offset_source is None and (not plane.integer or math.isclose(plane.scale, 1e-4))
 
 
-def _is_late(sample: _Sample, t: int) -> bool:
+def _is_late(sample: Sample, t: int) -> bool:
     return bool(sample.dates) and sample.dates[t] >= BASELINE_CHANGE
 
 
@@ -995,7 +995,7 @@ def why_missing(
 # Checks -----------------------------------------------------------------------------------------
 
 
-def _check_medians(sample: _Sample, values: Floats, clear: Floats) -> None:
+def _check_medians(sample: Sample, values: Floats, clear: Floats) -> None:
     """Check the median of all dates, of each band, and of each date.
 
     Args:
@@ -1058,7 +1058,7 @@ def _likely_fix(stored: float, plane: Plane) -> str:
     return fix
 
 
-def _dark(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
+def _dark(sample: Sample, clear: Floats) -> Iterator[StackWarning]:
     """The warning that the scale may have been applied twice: all values are nearly 0."""
     bright = _bright(clear)
     if bright < _NEVER_SO_DARK:
@@ -1070,7 +1070,7 @@ def _dark(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
         )
 
 
-def _darker_than_land(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
+def _darker_than_land(sample: Sample, clear: Floats) -> Iterator[StackWarning]:
     """The warning that land is implausibly dark, such as reflectance x 1000 with the usual scale.
 
     Water is as dark in the near infrared, but there it is darker than blue and red.
@@ -1089,7 +1089,7 @@ def _darker_than_land(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
         )
 
 
-def _like_landsat(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
+def _like_landsat(sample: Sample, clear: Floats) -> Iterator[StackWarning]:
     """The warning that integers without a stated scale seem to be those of Landsat.
 
     Collection 2 stores (reflectance + 0.2) / 0.0000275, so that black is 7273.
@@ -1108,7 +1108,7 @@ def _like_landsat(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
         )
 
 
-def _largest_numbers(sample: _Sample) -> Iterator[StackWarning]:
+def _largest_numbers(sample: Sample) -> Iterator[StackWarning]:
     """The warning that pixels have 65535 in some of their bands: saturated or missing.
 
     Sentinel-2's products mark saturated pixels by it (Products Specification Document), others
@@ -1137,7 +1137,7 @@ def _largest_numbers(sample: _Sample) -> Iterator[StackWarning]:
         )
 
 
-def _normalised(sample: _Sample, values: Floats, clear: Floats) -> Iterator[StackWarning]:
+def _normalised(sample: Sample, values: Floats, clear: Floats) -> Iterator[StackWarning]:
     """The warning that the numbers were normalised, so that they are reflectance no longer.
 
     Standardised numbers are negative where they are below the mean. Numbers that were stretched
@@ -1169,7 +1169,7 @@ def _normalised(sample: _Sample, values: Floats, clear: Floats) -> Iterator[Stac
             )
 
 
-def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+def _other_units(sample: Sample, values: Floats) -> Iterator[StackWarning]:
     """The warnings that files are in smaller or larger units than the others, such as per cent."""
     levels = _by_date_of_all_bands(np.abs(values), sample.valid, _BRIGHT_PERCENTILE)
     usual = float(np.median(list(levels.values()))) if len(levels) > 2 else 0.0
@@ -1194,7 +1194,7 @@ def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
         )
 
 
-def _other_gain(stack: Stack, sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+def _other_gain(stack: Stack, sample: Sample, values: Floats) -> Iterator[StackWarning]:
     """The warning that all bands of a date are brighter or darker by one factor, such as 2."""
     if not set(gain.BANDS) <= set(sample.bands):
         return
@@ -1217,7 +1217,7 @@ def _other_gain(stack: Stack, sample: _Sample, values: Floats) -> Iterator[Stack
         )
 
 
-def _swapped(sample: _Sample, values: Floats, clear: Floats) -> Iterator[StackWarning]:
+def _swapped(sample: Sample, values: Floats, clear: Floats) -> Iterator[StackWarning]:
     """The warning that red is brighter than near infrared, which neither land nor water is.
 
     All dates together, or the dates on which it is so if they are fewer.
@@ -1250,7 +1250,7 @@ def _swapped_on(names: str, share: float, where: str) -> StackWarning:
     )
 
 
-def _repeated(sample: _Sample) -> Iterator[StackWarning]:
+def _repeated(sample: Sample) -> Iterator[StackWarning]:
     """Warnings about repeated pixels: a file saved twice, or an empty band.
 
     Bands of one date that are equal, a band of one number beside others that vary, and dates with
@@ -1292,7 +1292,7 @@ def _repeated(sample: _Sample) -> Iterator[StackWarning]:
         )
 
 
-def _equal_dates(sample: _Sample) -> list[int]:
+def _equal_dates(sample: Sample) -> list[int]:
     """Positions of dates whose pixels, at some place, are those of another date there."""
     seen: dict[tuple[int, bytes], int] = {}
     found: set[int] = set()
@@ -1314,7 +1314,7 @@ def _repeats(detail: str) -> StackWarning:
     return StackWarning(code="pixels_repeated", detail=detail)
 
 
-def _mask_doubted(stack: Stack, sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+def _mask_doubted(stack: Stack, sample: Sample, values: Floats) -> Iterator[StackWarning]:
     """The warning that a cloud mask marks nothing on dates that are as bright as clouds.
 
     The values of clouds are compared with those of the same pixels on the other dates, because
@@ -1364,7 +1364,7 @@ def _mask_doubted(stack: Stack, sample: _Sample, values: Floats) -> Iterator[Sta
     )
 
 
-def _moved(stack: Stack, sample: _Sample) -> Iterator[StackWarning]:
+def _moved(stack: Stack, sample: Sample) -> Iterator[StackWarning]:
     """The warning that images are mirrored, turned or shifted relative to those of other dates."""
     days = _day_numbers(sample)
     found: dict[int, alignment.Moved] = {}
@@ -1408,7 +1408,7 @@ def _inverted(
     return (clear, cloudy) if clear >= max(_CLOUDY_SHARE, _INVERTED_RATIO * cloudy) else None
 
 
-def _bright_as_clouds(sample: _Sample, blue: Floats) -> NDArray[np.bool_]:
+def _bright_as_clouds(sample: Sample, blue: Floats) -> NDArray[np.bool_]:
     """`clouds.brightened` (T, N), each place by the dates on which it was sampled."""
     found = np.zeros(blue.shape, np.bool_)
     length = blue.shape[1] // len(sample.places[0])
@@ -1444,7 +1444,7 @@ def _sample(
     positions: Sequence[int],
     cache: BlockCache | None,
     before_read: Callable[[], None],
-) -> _Sample:
+) -> Sample:
     """Sample the same number of places on every date, more of them if there are few dates."""
     windows = _sampled_windows(stack)
     each = _windows_per_date(windows, len(positions))
@@ -1480,7 +1480,7 @@ def _sample(
                     np.float32(np.nan),
                 )
     first = _first_planes(stack)
-    return _Sample(
+    return Sample(
         stored=stored,
         valid=valid,
         positions=tuple(positions),
