@@ -548,6 +548,27 @@ def test_single_dates_of_few_pixels_are_only_named(tmp_path: Path) -> None:
     assert offsets(stack) == [0] * 6
 
 
+@pytest.mark.parametrize(
+    ("same", "others", "applied"),
+    [({2}, 6, False), ({2, 4}, 6, True), ({2}, 4, True)],
+)
+def test_a_single_date_with_the_offset_is_confirmed_by_two_dates(
+    tmp_path: Path, same: set[int], others: int, applied: bool
+) -> None:
+    """Haze over one date may look as the offset beside one other date, hardly beside two."""
+    files = [
+        land(
+            tmp_path / f"2021{n + 4:02d}05.tif",
+            seed=0 if n in {3, *same} else n + 1,
+            add=0.1 * (n == 3),
+        )
+        for n in range(others)
+    ]
+    stack = opened(files)
+    assert codes(stack) == ["offset_applied" if applied else "baseline_offset_suspected"]
+    assert offsets(stack) == [-0.1 if applied and n == 3 else 0 for n in range(others)]
+
+
 def test_no_offset_is_applied_to_parts_of_flanders(shared_data: Path) -> None:
     paths = sorted((shared_data / "flanders_2017_2018").glob("S2_L2A_2018*.tif"))
     files = [SourceFile(path=path, name=path.name) for path in paths]

@@ -85,6 +85,10 @@ _STATEMENTS = ("the tag", "processing baseline")
 """Beginnings of the sources by which a file states that its values hold no offset."""
 # Haze over a few fields is as even as the offset (docs/decisions/offset-by-pixels.md).
 _ENOUGH_TO_APPLY = 400
+# One or two hazy dates may lie 0.1 above one date near them. If there is a choice of dates without
+# the offset, this many of them must confirm each date.
+_ENOUGH_TO_CONFIRM = 4
+_CONFIRMED_BY = 2
 _MANY_DATES = 3
 _MANY_PIXELS = 10_000
 _LARGEST_UINT8 = 255
@@ -871,7 +875,8 @@ def _above_others(sample: Sample, without: Sequence[int], others: Sequence[int])
     """The dates whose values contain the offset, detected by comparison with dates without it.
 
     A date contains the offset if it shows the same land as a date near it in time and is 0.1
-    brighter in blue and red, or if it is as bright as a date that was detected in this way.
+    brighter in blue and red, or if it is as bright as a date that was detected in this way. Fewer
+    than three such dates count only if two dates near each of them confirm it.
 
     Args:
         sample: the sample.
@@ -895,7 +900,15 @@ def _above_others(sample: Sample, without: Sequence[int], others: Sequence[int])
             if any(_holds_more(sample, values, t, u, added[u]) for _, u in near):
                 added[t] = -BASELINE_OFFSET
                 left.remove(t)
-    return sorted(added.keys() - set(without))
+    found = sorted(added.keys() - set(without))
+    if len(found) >= _MANY_DATES or len(without) < _ENOUGH_TO_CONFIRM:
+        return found
+    return [
+        t
+        for t in found
+        if sum(_holds_more(sample, values, t, u, 0.0) for u in _near(sample, t, without))
+        >= _CONFIRMED_BY
+    ]
 
 
 def _holds_more(sample: Sample, values: Floats, t: int, u: int, added: float) -> bool:
