@@ -63,6 +63,7 @@ class Judged:
     stack: str
     mask: str
     side: int
+    dates: int
     change: str
     """One of `CHANGES`; empty if nothing was changed."""
     outcome: str
@@ -146,6 +147,7 @@ def judge(
         stack=scenes.name,
         mask=scenes.mask,
         side=rows.stop - rows.start,
+        dates=len(ts),
         change=change,
         outcome=outcome,
         applied=int((applied & holds).sum()),
@@ -246,6 +248,7 @@ def main() -> None:
         ("mask", lambda one: one.mask),
         ("side, mask", lambda one: f"{one.side}, {one.mask}"),
         ("stack, mask", lambda one: f"{one.stack}, {one.mask}"),
+        ("dates", lambda one: str(one.dates)),
         ("change", lambda one: one.change or "none"),
     ):
         print("\n".join(table(judged, name, key)), end="\n\n", flush=True)

@@ -7,6 +7,7 @@ from datetime import date, timedelta
 import numpy as np
 import pytest
 
+from benchmarks import offsets
 from benchmarks.offsets import CHANGES, Judged, Scenes, judge, table
 
 
@@ -14,10 +15,10 @@ from benchmarks.offsets import CHANGES, Judged, Scenes, judge, table
 def scenes() -> Scenes:
     """The same clear fields every ten days, with a little noise."""
     random = np.random.default_rng(0)
-    pattern = random.uniform(0.5, 1.5, (3, 30, 30)) * np.array([0.04, 0.06, 0.3])[:, None, None]
-    values = (pattern + random.normal(0, 0.002, (12, 3, 30, 30))).astype(np.float32)
+    pattern = random.uniform(0.5, 1.5, (3, 64, 64)) * np.array([0.04, 0.06, 0.3])[:, None, None]
+    values = (pattern + random.normal(0, 0.002, (12, 3, 64, 64))).astype(np.float32)
     dates = tuple(date(2019, 3, 1) + timedelta(days=10 * n) for n in range(12))
-    clear = np.ones((12, 30, 30), np.bool_)
+    clear = np.ones((12, 64, 64), np.bool_)
     return Scenes(name="fields", mask="none", values=values, clear=clear, dates=dates)
 
 
@@ -42,7 +43,7 @@ def test_sound_land_is_left_alone(scenes: Scenes) -> None:
 
 def test_shares_by_side() -> None:
     def part(outcome: str, change: str = "", applied: int = 0, holding: int = 0) -> Judged:
-        where = {"stack": "fields", "mask": "none", "side": 24}
+        where = {"stack": "fields", "mask": "none", "side": 24, "dates": 10}
         return Judged(**where, change=change, outcome=outcome, applied=applied, holding=holding)
 
     parts = [
@@ -59,3 +60,16 @@ def test_shares_by_side() -> None:
         "| 24 | 8 | 62.5 % | 25.0 % | 12.5 % | 3 | 33.3 % | 0.0 % | 33.3 % | 33.3 % | 50.0 % |"
     )
     assert head.count("|") == row.count("|")
+
+
+def test_the_command_prints_every_table(
+    scenes: Scenes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(offsets, "read_stacks", lambda *_: [scenes])
+    monkeypatch.setattr("sys.argv", ["offsets", "--romania", "cube.nc", "--draws", "2"])
+    offsets.main()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert [text.split(" | ")[0] for text in tables] == [
+        "| mask", "| side, mask", "| stack, mask", "| dates", "| change"
+    ]  # fmt: skip
+    assert tables[0].splitlines()[2].startswith("| none | 12 | 100.0 % | 0.0 % | 0.0 % | 12 |")
