@@ -247,16 +247,27 @@ def test_mistakes_say_what_to_do(
         fetched(world, tmp_path, url="http://127.0.0.1:9")
     with pytest.raises(StackError, match=r"item 'S2A_31UES.* has no asset for B12"):
         fetched(world, tmp_path, bands=["B12"])
-    (red,) = {world.tyrol[0].paths["B02"]}
-    hidden = red.rename(red.with_suffix(".gone"))
-    try:
-        with pytest.raises(StackError, match=r"asset 'blue' cannot be read from 127\.0\.0\.1"):
-            fetched(world, tmp_path)
-    finally:
-        hidden.rename(red)
     span = ["--start", "2021-01-01", "--end", "2021-02-01", "--out", str(tmp_path)]
     run = CliRunner().invoke(app, ["stack", "--bbox", "here", *span])
     assert "'here' is not west,south,east,north" in str(run.exception)
+
+
+def test_an_asset_without_a_file_is_named(world: World, tmp_path: Path) -> None:
+    """In a process of its own: GDAL remembers in a process that there is no file at a URL."""
+    how = {"bbox": world.bbox, "url": world.api, **SPAN}
+    program = f"from pimc_client import fetch_stack; fetch_stack({str(tmp_path)!r}, **{how!r})"
+    blue = world.tyrol[0].paths["B02"]
+    hidden = blue.rename(blue.with_suffix(".gone"))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+    finally:
+        hidden.rename(blue)
+    assert re.search(
+        r"StackError: item 'S2A_31UES.*', asset 'blue' cannot be read from 127\.0\.0\.1",
+        done.stderr,
+    ), done.stderr
 
 
 def test_without_rasterio_the_message_names_the_extra(
