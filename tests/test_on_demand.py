@@ -232,6 +232,7 @@ def test_repeats_are_told_apart_by_the_files_that_they_name(
     body = {"items": [{"href": h} for h in paths.there()], "mask": "none", "points": POINTS}
     other = api.post("/classify-pixels", json=body, headers=once)
     assert (other.status_code, other.json()["code"]) == (422, "invalid_request"), other.text
+    waited(api, first["jobID"])  # another test would count what this job reads
 
 
 # A reader -------------------------------------------------------------------------------------
