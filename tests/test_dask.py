@@ -40,7 +40,7 @@ from tests.kits.cluster import Fleet, joined, outcome, ready
 from tests.kits.gate import HELD, zoo_with_a_held_model
 from tests.kits.jobs import FIELD, Files, finished, stack, submitted
 from tests.kits.metrics import metric
-from tests.kits.patience import soon
+from tests.kits.patience import files_below, soon
 from tests.kits.spans import PROTOBUF, Spans, attributes
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -124,7 +124,7 @@ def test_jobs_on_a_cluster_have_the_bytes_of_one_process(
             ]
             assert found[0] == found[1], (path, data)
         assert all(fleet.begun(worker) for worker in workers)
-        assert not list(fleet.state.rglob("*.pass"))
+        assert not files_below(fleet.state, "*.pass")
         # Synchronous requests are computed in the service.
         before = fleet.begun()
         response = api.post("/classify-pixels", files=small)
@@ -266,7 +266,7 @@ def test_a_dismissed_job_leaves_nothing_with_the_scheduler(fleet: Fleet, files: 
             assert soon(lambda: tasks() == 0)
         worker.gate.open()
         assert soon(lambda: metric(api, "pimc_windows_in_flight") == 0)
-        assert not list(fleet.state.rglob("*.pass"))
+        assert not files_below(fleet.state, "*.pass")
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from tests.kits.jobs import (
     taught,
     waited,
 )
-from tests.kits.patience import PATIENCE, soon
+from tests.kits.patience import PATIENCE, files_below, soon
 from tests.kits.postgres import Postgres
 from tests.kits.programs import self_signed
 from tests.kits.ranges import RangeServer, range_server
@@ -208,7 +208,7 @@ def test_workers_fetch_the_blocks_of_their_windows(zoo: Path, tile: Tile, tmp_pa
             assert tile.by_workers > 0
             assert tile.by_others < 6 * len(tile.names)
         # Nothing that a worker has fetched is in the folder that all share.
-        shared = sum(p.stat().st_size for p in fleet.state.rglob("*.tif"))
+        shared = sum(p.stat().st_size for p in files_below(fleet.state, "*.tif"))
         assert shared < (tile.server.folder / "tile.tif").stat().st_size * len(tile.names)
 
 
@@ -221,7 +221,7 @@ def test_a_file_that_is_replaced_while_a_job_waits_fails_it(
         body = tile.body(bbox=degrees(PART))
         job = posted(api, "/classify-pixels", body)
         # Without a worker it waits, once the service has read its sample again.
-        assert soon(lambda: list(fleet.state.rglob("*.pass")) != [])
+        assert soon(lambda: files_below(fleet.state, "*.pass") != [])
         tile.server.tag = '"2"'
         fleet.cluster.join()
         info = waited(api, job)
@@ -254,7 +254,7 @@ def test_a_job_waits_for_a_host_that_its_workers_cannot_reach(
         expected = api.post("/classify-pixels", json=tile.body(bbox=part))
         job = posted(api, "/classify-pixels", tile.body(bbox=part))
         # Without a worker it waits, once the service has read its sample again.
-        assert soon(lambda: list(fleet.state.rglob("*.pass")) != [])
+        assert soon(lambda: files_below(fleet.state, "*.pass") != [])
         tile.server.before = away
         fleet.cluster.join()
         assert finished(api, job) == expected.content

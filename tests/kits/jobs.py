@@ -25,7 +25,7 @@ from service.run.plan import Plan, plan_request
 from tests.kits.forks import Forked
 from tests.kits.gate import Gate
 from tests.kits.marks import in_all_tests
-from tests.kits.patience import PATIENCE, soon
+from tests.kits.patience import PATIENCE, files_below, soon
 from tests.kits.process import Process
 from tests.kits.rasters import write
 
@@ -145,9 +145,8 @@ def leftovers(state: Path) -> list[str]:
     return [
         str(path.relative_to(state))
         for folder in ("requests", "jobs")
-        for path in (state / folder).rglob("*")
-        if path.is_file()
-        and not any(part.startswith("result-") for part in path.parts)
+        for path in files_below(state / folder, "*")
+        if not any(part.startswith("result-") for part in path.parts)
         and not (path.name == "request.json" and list(path.parent.glob("result-*")))
     ]
 
