@@ -3,7 +3,8 @@
 The formulas of the graph's first stages (spectral indices such as NDVI, the regular grid,
 recurrence plots) are used by the torch modules, by the graph of own classes and by the NumPy copy
 of recurrence plots. The formula of int8 embeddings is used by the service, which writes them, and
-by training, which measures their loss. Index formulas are those of
+by training, which measures their loss; the median over dates by the service's reading and by its
+inference, which share no code of their own. Index formulas are those of
 the Awesome Spectral Indices catalogue (Montero et al. 2023, doi:10.1038/s41597-023-02096-0), on
 Sentinel-2 bands as reflectance.
 """
@@ -84,3 +85,22 @@ def int8_steps(embeddings: NDArray[np.float32], scale: float) -> NDArray[np.floa
     """
     steps = np.rint(embeddings / np.float32(scale))
     return np.asarray(np.clip(steps, -INT8_STEPS, INT8_STEPS), np.float32)
+
+
+def median_of_dates(values: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The median over the valid dates, NaN where none is.
+
+    Args:
+        values: (T, …) float32, not NaN where valid.
+        valid: True where usable (T, …); it broadcasts against the values.
+
+    Returns:
+        The shape of the values without T.
+    """
+    # Unusable dates are sorted last, so the median's position follows from the number of the
+    # others. NumPy's nanmedian is an order of magnitude slower along a short axis.
+    ordered = np.sort(np.where(valid, values, np.float32(np.inf)), axis=0)
+    count = valid.sum(axis=0)[None]
+    low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=0)
+    high = np.take_along_axis(ordered, np.minimum(count // 2, len(ordered) - 1), axis=0)
+    return np.asarray(np.where(count > 0, (low + high) / 2, np.float32(np.nan))[0])

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.formulas import median_of_dates
+
 Floats = NDArray[np.float32]
 SIDE = 64
 """Largest side of a picture, pixels."""
@@ -137,17 +139,8 @@ def _edges(image: Floats) -> Floats:
 def _of_near_dates(own: Floats, days: Sequence[int], k: int) -> Floats:
     """The median (B, h, w) of the dates nearest in time to a date, without itself."""
     near = sorted((abs(days[n] - days[k]), n) for n in range(len(days)) if n != k)
-    return median_of_dates(own[[n for _, n in near[:_NEAR]]])
-
-
-def median_of_dates(values: Floats) -> Floats:
-    """The median (…) over the dates of values (T, …) that are not NaN; NaN where there is none."""
-    # NaN is sorted last. NumPy's nanmedian is several times slower along a short axis.
-    ordered = np.sort(values, axis=0)
-    count = (~np.isnan(values)).sum(axis=0)[None]
-    low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=0)
-    high = np.take_along_axis(ordered, count // 2, axis=0)
-    return np.asarray((low + high)[0] / 2)
+    values = own[[n for _, n in near[:_NEAR]]]
+    return median_of_dates(values, ~np.isnan(values))
 
 
 def _correlation(own: Floats, usual: Floats) -> float:

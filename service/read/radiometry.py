@@ -19,6 +19,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from models.formulas import median_of_dates
 from service.errors import ImplausibleReflectance, StackWarning, first_names
 from service.grid import Window
 from service.read import alignment, clouds, gain
@@ -857,7 +858,8 @@ def _ndvi_left(sample: Sample, without: Sequence[int], ts: Sequence[int]) -> NDA
         seen = ~np.isnan(aligned[:, 0]).all(axis=0) if near else np.zeros(0, np.bool_)
         if seen.sum() < _ALIKE_PIXELS:
             continue
-        x, y = alignment.median_of_dates(aligned[:, :, seen]), values[t][:, seen]
+        others = aligned[:, :, seen]
+        x, y = median_of_dates(others, ~np.isnan(others)), values[t][:, seen]
         with np.errstate(divide="ignore", invalid="ignore"):
             before, after = (
                 np.nanmedian(np.abs(ndvi(one) - ndvi(x))) for one in (y, y + BASELINE_OFFSET)
