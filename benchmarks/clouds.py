@@ -98,6 +98,24 @@ def read_regions(data: Path, romania: Path) -> dict[str, Region]:
     return {region.name: region for region in found}
 
 
+def read_composites(data: Path) -> Iterator[tuple[str, NDArray[np.float32], tuple[date, ...]]]:
+    """The monthly composites of Hesbaye, which hold no mask.
+
+    Args:
+        data: the folder of real data.
+
+    Yields:
+        The name, reflectance (T, 3, h, w) in `clouds.BANDS`, unitless, 0 where missing, and dates.
+    """
+    for name in ("a", "b"):
+        images, dates = [], []
+        for path in sorted((data / f"hesbaye_{name}_monthly").glob("*.tif")):
+            with rasterio.open(path) as file:
+                images.append(file.read([file.descriptions.index(b) + 1 for b in clouds.BANDS]))
+            dates.append(_day(path.name))
+        yield f"hesbaye {name}", np.stack(images) * np.float32(1e-4), tuple(dates)
+
+
 def _region(name: str, numbers: NDArray[np.generic], dates: Sequence[date]) -> Region:
     """A region of (T, 4, …) numbers: blue, red, near infrared, SCL."""
     flat = numbers.reshape(len(dates), 4, -1)

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 
-from benchmarks.clouds import read_regions
-from service.read.dates import date_of
+from benchmarks.clouds import read_composites, read_regions
 from service.read.gain import find_gains
 from service.read.masks import scl as clear_by_scl
 
@@ -42,15 +39,10 @@ def read_stacks(data: Path, romania: Path) -> Iterator[tuple[str, str, Floats, B
         days = [day.toordinal() for day in region.dates]
         yield name, "SCL", values, seen & clear_by_scl(region.scl[:, thin]), days
         yield name, "none", values, seen, days
-    for name in ("a", "b"):
-        images, days = [], []
-        for path in sorted((data / f"hesbaye_{name}_monthly").glob("*.tif")):
-            with rasterio.open(path) as file:
-                bands = [file.descriptions.index(band) + 1 for band in ("B02", "B04", "B08")]
-                images.append(file.read(bands).reshape(3, -1)[:, ::8] * np.float32(1e-4))
-            days.append((date_of(path.name) or date.min).toordinal())
-        values = np.stack(images)
-        yield f"hesbaye {name}", "none", values, (values > 0).all(axis=1), days
+    for name, images, dates in read_composites(data):
+        values = images.reshape(len(dates), len(images[0]), -1)[..., ::8]
+        days = [day.toordinal() for day in dates]
+        yield name, "none", values, (values > 0).all(axis=1), days
 
 
 def measure(values: Floats, valid: Bools, days: list[int], *, masked: bool) -> list[str]:

@@ -18,11 +18,9 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 
-from benchmarks.clouds import read_regions
-from service.read.dates import date_of
+from benchmarks.clouds import read_composites, read_regions
 from service.read.geotiff import FileMemory, SourceFile
 from service.read.masks import scl as clear_by_scl
 from service.read.radiometry import BASELINE_CHANGE, Sample, unstated_offset
@@ -85,17 +83,8 @@ def read_stacks(data: Path, romania: Path) -> Iterator[Scenes]:
         dates = tuple(region.dates[t] for t in ts)
         yield _scenes(name, "SCL", values, clear, dates)
         yield _scenes(name, "none", values, np.ones_like(clear), dates)
-    for name in ("a", "b"):
-        paths = sorted((data / f"hesbaye_{name}_monthly").glob("*.tif"))
-        images = []
-        for path in paths:
-            with rasterio.open(path) as file:
-                images.append(file.read([file.descriptions.index(band) + 1 for band in BANDS]))
-        values = np.stack(images) * np.float32(1e-4)
-        dates = tuple(date_of(path.name) or date.min for path in paths)
-        yield _scenes(
-            f"hesbaye {name}", "none", values, np.ones_like(values[:, 0], np.bool_), dates
-        )
+    for name, values, dates in read_composites(data):
+        yield _scenes(name, "none", values, np.ones_like(values[:, 0], np.bool_), dates)
 
 
 def _scenes(name: str, mask: str, values: Floats, clear: Bools, dates: tuple[date, ...]) -> Scenes:

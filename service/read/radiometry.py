@@ -1219,7 +1219,7 @@ def _other_gain(stack: Stack, sample: Sample, values: Floats) -> Iterator[StackW
         sample.valid,
         _day_numbers(sample),
         shared=sample.shared,
-        masked=stack.mask != "none" and stack.cloud_bands is None,
+        masked=stack.has_mask,
     )
     if found:
         ts = sorted(found)
@@ -1341,7 +1341,7 @@ def _mask_doubted(stack: Stack, sample: Sample, values: Floats) -> Iterator[Stac
         values: its reflectance (T, C, N) float32, unitless.
     """
     # Without a mask there is another warning, and the mask of the series finds such clouds itself.
-    if stack.mask == "none" or stack.cloud_bands is not None or "B02" not in sample.bands:
+    if not stack.has_mask or "B02" not in sample.bands:
         return
     blue = values[:, sample.bands.index("B02")]
     seen = np.asarray(~np.isnan(values).any(axis=1))
@@ -1387,7 +1387,7 @@ def _moved(stack: Stack, sample: Sample) -> Iterator[StackWarning]:
         if len(at) < alignment.FEWEST_DATES:
             continue
         pictures = np.stack([sample.picture(t, k) for t, k in at])
-        if stack.mask == "none" or stack.cloud_bands is not None:  # clouds are still in them
+        if not stack.has_mask:  # clouds are still in them
             bright = clouds.brightened(pictures[:, 0])
             pictures = np.where(bright[:, None], np.float32(np.nan), pictures)
         for moved in alignment.find_moved(pictures, [days[t] for t, _ in at]):

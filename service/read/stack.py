@@ -216,6 +216,11 @@ class Stack:
         return max(self.grid.height, self.grid.width) <= SMALL_SIDE
 
     @property
+    def has_mask(self) -> bool:
+        """Whether the files hold a cloud mask; one estimated from the series does not count."""
+        return self.mask != "none" and self.cloud_bands is None
+
+    @property
     def bands_read(self) -> tuple[str, ...]:
         """The needed bands, then those that only the cloud mask reads."""
         return (*self.bands, *(self.cloud_bands or ()))

@@ -311,9 +311,10 @@ def _none_seen(
     """The warning that no place has a clear observation, with the reason; empty if one has."""
     if "ok" in statuses or not statuses:
         return ()
-    why = f"all {len(statuses)} are {stack.grid.away(lonlat)}"
     if "no_data" in statuses:
         why = why_missing(stack, range(stack.observations), 1, cache=cache)
+    else:
+        why = f"all {len(statuses)} are {stack.grid.away(lonlat)}"
     detail = f"no {noun} has a clear observation: {why}"
     return (StackWarning(code="all_missing", detail=detail),)
 
