@@ -253,7 +253,7 @@ def test_mistakes_say_what_to_do(
 
 
 def test_an_asset_without_a_file_is_named(world: World, tmp_path: Path) -> None:
-    """In a process of its own: GDAL remembers in a process that there is no file at a URL."""
+    """In a separate process, because GDAL caches a missing URL for the life of its process."""
     how = {"bbox": world.bbox, "url": world.api, **SPAN}
     program = f"from pimc_client import fetch_stack; fetch_stack({str(tmp_path)!r}, **{how!r})"
     blue = world.tyrol[0].paths["B02"]

@@ -266,8 +266,8 @@ def cloud_score(data: Numbers, limit: float = CLOUD_SCORE_LIMIT) -> Clear:
     """Cloud Score+ of Earth Engine: `limit` per cent and more is clear. It also marks shadows.
 
     Source: Earth Engine Data Catalog, GOOGLE/CLOUD_SCORE_PLUS/V1/S2_HARMONIZED, bands `cs` and
-    `cs_cdf`: 0 (not clear) to 1 (clear), float. Integers are not defined, so none is clear; those
-    of `cloud_score_per_cent` are told by their numbers.
+    `cs_cdf`: 0 (not clear) to 1 (clear), float. Integers are not defined, so none is clear;
+    `are_per_cent` recognises those of an export in per cent.
     """
     if data.dtype.kind != "f":
         return np.zeros(data.shape, np.bool_)

@@ -243,8 +243,8 @@ class SubscriberBody(StrictModel):
     """URLs that a job calls, with the names of OGC API - Processes."""
 
     successUri: Annotated[_Address, Field(description="called when the job has a result")]  # noqa: N815 - the standard's names
-    failedUri: Annotated[_Address | None, Field(description="called when the job failed")] = None  # noqa: N815
-    inProgressUri: Annotated[  # noqa: N815
+    failedUri: Annotated[_Address | None, Field(description="called when the job failed")] = None  # noqa: N815 - as above
+    inProgressUri: Annotated[  # noqa: N815 - as above
         _Address | None,
         Field(description="called when the job begins, and after each further 10 per cent"),
     ] = None

@@ -219,8 +219,8 @@ class ProcessSummary(BaseModel):
     title: str
     description: str
     keywords: list[str]
-    jobControlOptions: list[Literal["sync-execute", "async-execute", "dismiss"]]  # noqa: N815
-    outputTransmission: list[Literal["value", "reference"]]  # noqa: N815
+    jobControlOptions: list[Literal["sync-execute", "async-execute", "dismiss"]]  # noqa: N815 - OGC's name
+    outputTransmission: list[Literal["value", "reference"]]  # noqa: N815 - OGC's name
     links: list[Link]
 
 
