@@ -24,7 +24,7 @@ from training.datasets.points import (
     s2_points,
 )
 from training.datasets.synthetic_ground import GROUNDS, synthetic_ground
-from training.legends import CDL, WORLDCOVER, crop_sets, landcover_sets, legend_classes
+from training.legends import CDL, WORLDCOVER, landcover_sets, legend_classes, us_crops
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ class TestCrops:
         names = crops_us_legend(shared_data / "crops_us_2021")
         assert [(c.code, c.name) for c in legend_classes(CDL)] == [(c, names[c]) for c in CDL]
         assert len(CDL) == 17
-        (pixels,) = crop_sets(shared_data)
+        pixels = us_crops(shared_data)
         (raw,) = crops_us_2021(shared_data / "crops_us_2021")
         assert pixels.labels is not None
         assert raw.labels is not None

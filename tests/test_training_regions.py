@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -12,7 +13,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from benchmarks.tiny_zoo import write_bundle
 from models.heads import ForecastHead
 from models.registry import load_bundle
 from tests.kits.exports import exported_once, float32_alone, folder_of_run
@@ -21,12 +26,21 @@ from training.calibration import fit_spread, fit_temperature
 from training.classification import PixelClassification
 from training.config import ZOO, Run, changed
 from training.datasets import PixelSet
-from training.datasets.points import bavaria_2018, pune_2019, s2_points, us_regions, victoria_2018
+from training.datasets.points import (
+    bavaria_2018,
+    crops_us_2021,
+    pune_2019,
+    s2_points,
+    us_regions,
+    victoria_2018,
+)
+from training.embedding_regions import evaluate_embedding
+from training.errors import TrainingError
 from training.export import VersionNotRaised, export_run
 from training.finetune import NotLeftOut, finetune, load_finished
 from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
-from training.legends import WORLDCOVER, landcover_sets
+from training.legends import WORLDCOVER, brazil_sets, landcover_sets, relabelled
 from training.recalibrate import recalibrate
 from training.regions import (
     NoRegions,
@@ -116,7 +130,9 @@ class TestRegions:
         (pixels,) = pune_2019(shared_data / "pune_2019")
         assert pixels.validation.all()
         run = Run(config=ZOO["pixels-landcover"], data=shared_data)
-        assert [sets[0].region for sets in evaluation_sets(run)] == ["pune", "bavaria"]
+        never = [sets[0].region for sets in evaluation_sets(run)]
+        assert never == ["pune", "bavaria", "brazil"]
+        assert {s.region for s in landcover}.isdisjoint(never)
 
     def test_a_task_without_regions_is_an_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +144,119 @@ class TestRegions:
         monkeypatch.setattr("training.regions.task_of", lambda _: empty)
         with pytest.raises(NoRegions, match="landcover-eurosat"):
             evaluate_regions(Plan(run=run, folder=tmp_path, report=tmp_path / "r.md"))
+
+
+class TestClasses:
+    @pytest.fixture(scope="class")
+    def plan(self, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+        """An evaluation of crops of two states, each with a class of its own."""
+        root = tmp_path_factory.mktemp("states")
+        run = Run(config=changed(ZOO["pixels-crops-us"], TINY), data=write_crops(root, states=2))
+        return Plan(
+            run=run, folder=root / "runs", report=root / "results.md", device="cpu", threads=1
+        )
+
+    def test_classes_that_only_a_region_has_are_counted_and_not_scored(self, plan: Plan) -> None:
+        plan.report.write_text("# Results\n")
+        report = evaluate_regions(plan)
+        assert report.calibration == {}
+        task = PixelClassification(plan.run.config, plan.run.data, left_out=("us-west",))
+        west = report.regions["us-west"]
+        known = np.isin(task.left_out.labels, task.train.labels)
+        assert 0 < known.sum() < len(known)
+        assert west["n"] == known.sum()
+        assert west["unseen_classes"] == pytest.approx(1 - known.mean(), abs=1e-4)
+        assert west["random_forest"]["accuracy"] > 0.9
+        table = plan.report.read_text()
+        assert "| us-west | " in table
+        assert "which no model can name" in table
+
+    def test_scores_are_those_of_the_run_that_left_the_region_out(self, plan: Plan) -> None:
+        report = evaluate_regions(plan)
+        _, task, graph, _ = load_finished(plan.folder / "us-south")
+        assert {task.table.regions[i] for i in np.unique(task.train.region)} == {"us-west"}
+        known = np.isin(task.left_out.labels, task.train.labels)
+        logits = task.logits(graph, task.left_out)[known]
+        right = logits.argmax(axis=1) == task.left_out.labels[known]
+        assert report.regions["us-south"]["accuracy"][0] == pytest.approx(right.mean(), abs=1e-4)
+
+    def test_runs_start_from_those_of_the_same_region(self, plan: Plan, tmp_path: Path) -> None:
+        """A training that changes hardly anything shows where it started."""
+        evaluate_regions(plan)
+        starts = tmp_path / "starts"
+        shutil.copytree(plan.folder / "us-west", starts / "us-west")
+        shutil.copytree(plan.folder / "us-west", starts / "all-regions")
+        still = changed(plan.run.config, ["optimisation.epochs=1", "optimisation.keep=0.999"])
+        run = plan.run.model_copy(update={"config": still})
+        later = replace(plan, run=run, folder=tmp_path / "runs", starts=starts, baselines=False)
+        evaluate_regions(later)
+        first = _weights(plan.folder / "us-west")
+        assert not torch.allclose(first, _weights(plan.folder / "us-south"), atol=1e-2)
+        for region in ("us-west", "us-south"):
+            assert torch.allclose(first, _weights(later.folder / region), atol=1e-2)
+
+    def test_a_bundle_takes_scores_without_a_calibration_as_its_files_are(
+        self, plan: Plan, tmp_path: Path
+    ) -> None:
+        evaluate_regions(plan)
+        with float32_alone():
+            bundle = export_run(plan.folder / "us-west", tmp_path, name="mine", version="1.0.0")
+        before = load_bundle(bundle).card
+        recalibrate(bundle, regions=plan.folder, version="1.0.1")
+        after = load_bundle(bundle).card
+        assert set(after.regions) == {"us-west", "us-south"}
+        assert (after.version, after.sha256) == ("1.0.1", before.sha256)
+        assert after.training == before.training
+
+
+def _weights(run: Path) -> torch.Tensor:
+    """Weights of a finished run's head."""
+    weight: torch.Tensor = load_finished(run)[2].state_dict()["head.linear.weight"]
+    return weight
+
+
+class TestEmbeddings:
+    def test_a_probe_is_scored_on_the_region_that_it_did_not_see(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Against logistic regression on the embeddings that ONNX Runtime gives."""
+        data = write_crops(tmp_path)
+        (crops,) = crops_us_2021(data / "crops_us_2021")
+        west = relabelled(crops, WORLDCOVER, {1: 40, 5: 30, 176: 10})
+        far = np.arange(len(west.places)) % 16 >= 8
+        west, south = west.take(~far), replace(west.take(far), region="us-south")
+        west = replace(west, region="us-west", validation=np.arange(len(west.places)) % 4 == 0)
+        monkeypatch.setattr("training.embedding_regions.landcover_sets", lambda _: [west, south])
+        monkeypatch.setattr("training.embedding_regions.evaluation_sets", lambda _: [])
+        bundle = write_bundle(tmp_path, "embed-mine", "embed", "pixel")
+        report = tmp_path / "results.md"
+        report.write_text("# Results\n")
+        run = Run(config=ZOO["pixels-landcover"], data=data)
+        plan = Plan(run=run, folder=tmp_path / "runs", report=report, baselines=False)
+        found = evaluate_embedding(bundle, plan)
+        assert found.calibration == {}
+        assert read_report(plan.folder).regions == found.regions
+
+        session = onnxruntime.InferenceSession(load_bundle(bundle).path("float32"))
+        days = np.array([(day - date(2021, 1, 1)).days for day in crops.dates], np.float32)
+
+        def embedded(pixels: PixelSet) -> np.ndarray:
+            fed = {"values": np.nan_to_num(pixels.values), "valid": pixels.valid, "days": days}
+            return np.asarray(session.run(None, fed)[0])
+
+        train = west.take(~west.validation)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        probe.fit(embedded(train), train.labels)
+        right = probe.predict(embedded(south)) == south.labels
+        assert found.regions["us-south"]["accuracy"][0] == pytest.approx(right.mean(), abs=0.01)
+        assert "| us-south | 96 | " in report.read_text()
+
+    def test_a_classifier_is_no_embedding(self, tmp_path: Path) -> None:
+        bundle = write_bundle(tmp_path, "mine", "classify-pixels", "pixel")
+        run = Run(config=ZOO["pixels-landcover"], data=tmp_path)
+        plan = Plan(run=run, folder=tmp_path / "runs", report=tmp_path / "results.md")
+        with pytest.raises(TrainingError, match="give a bundle of embeddings"):
+            evaluate_embedding(bundle, plan)
 
 
 class TestReaders:
@@ -160,6 +289,17 @@ class TestReaders:
         assert (labels == 30).sum() == np.isin(crops, (451, 452, 453)).sum()
         assert (labels == 40).sum() == ((crops >= 100) & (crops < 400)).sum()
         assert sets[0].bands[1] == "B02"
+
+    def test_brazil_has_the_cover_that_its_labels_name(self, shared_data: Path) -> None:
+        found = np.concatenate([s.labels for s in brazil_sets(shared_data) if s.labels is not None])
+        with np.load(shared_data / "modis_brazil" / "modis_brazil_dev.npz") as archive:
+            names = archive["label"]
+        position = {code: i for i, code in enumerate(WORLDCOVER)}
+        grass = np.isin(names, ["Pasto", "Pasture", "Cerrado_Campo"])
+        assert (found == position[30]).sum() == grass.sum() > 400
+        assert (found == -1).sum() == (names == "Cerrado").sum()
+        crops = np.char.startswith(names, "Soja") | np.char.startswith(names, "Soy")
+        assert (found == position[40]).sum() > crops.sum()
 
     def test_declared_crops_give_the_cover_where_worldcover_has_none(
         self, shared_data: Path

@@ -218,11 +218,18 @@ def regions(
     pretrained: Annotated[
         Path | None, typer.Option(help="Checkpoint with the encoder to start from.")
     ] = None,
+    starts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of finished runs to start from: that without a region bears its name, and "
+            "all-regions serves where there is none."
+        ),
+    ] = None,
     bundle: Annotated[
         Path | None,
         typer.Option(
-            help="A finished forecast bundle to score and calibrate on the regions that it was not "
-            "trained on, without training."
+            help="A finished bundle to score without training: forecasts are also calibrated on "
+            "the regions that the bundle was not trained on, embeddings are probed."
         ),
     ] = None,
     trained: Annotated[
@@ -245,6 +252,7 @@ def regions(
     settings: Settings = None,
 ) -> None:
     """Hold each region out in turn: train the missing runs, score, calibrate across regions."""
+    from training.embedding_regions import evaluate_embedding
     from training.recalibrate import run_of_card
     from training.regions import Plan, evaluate_bundle, evaluate_regions, evaluate_runs
 
@@ -253,12 +261,17 @@ def regions(
             "give --trained and --without together, and neither of them with --bundle"
         )
 
-    config = changed(configuration(name), settings or [])
+    embeds = bundle is not None and load_bundle(bundle).card.task == "embed"
+    # Embeddings of pixels are probed on the labels of this bundle.
+    labels = "pixels-landcover" if embeds else name
+    config = changed(configuration(labels), settings or [])
     if bundle:
         _use_threads(threads)
+    if bundle and not embeds:
         config = run_of_card(load_bundle(bundle).card, data).config
     started = (pretrained,) if pretrained else ()
     words = [f"--pretrained {pretrained.as_posix()}"] if pretrained else []
+    words += [f"--starts {starts.as_posix()}"] if starts else []
     words += [f"--bundle {bundle.as_posix()}"] if bundle else []
     runs = {"trained": trained, "without": without}
     words += [f"--{option} {path.as_posix()}" for option, path in runs.items() if path]
@@ -269,6 +282,7 @@ def regions(
         folder=run or RUNS / "regions" / name,
         report=report,
         only=tuple(only or ()),
+        starts=starts,
         baselines=baselines,
         device=device,
         threads=threads,
@@ -277,8 +291,10 @@ def regions(
     if trained and without:
         _use_threads(threads)
         done = evaluate_runs(trained, without, plan)
+    elif bundle:
+        done = evaluate_embedding(bundle, plan) if embeds else evaluate_bundle(bundle, plan)
     else:
-        done = evaluate_bundle(bundle, plan) if bundle else evaluate_regions(plan)
+        done = evaluate_regions(plan)
     Console().print_json(json.dumps({"calibration": done.calibration, "regions": done.regions}))
 
 
@@ -369,9 +385,7 @@ def export(
 
 @app.command()
 def recalibrate(
-    bundle: Annotated[
-        Path, typer.Argument(help="Folder of a classifier's or forecaster's bundle.")
-    ],
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     *,
     data: Data = Path("../shared/data"),
     regions: Annotated[
@@ -379,7 +393,7 @@ def recalibrate(
     ],
     version: Annotated[str, typer.Option(help="Version of the new bundle.")],
 ) -> None:
-    """Write the calibration fitted across regions into a bundle, without training it again."""
+    """Write the calibration across regions, and the scores, into a bundle without training it."""
     from training.recalibrate import recalibrate as refit
 
     Console().print(str(refit(bundle, regions=regions, version=version, data=data)))

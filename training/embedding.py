@@ -25,7 +25,7 @@ from training.datasets.eurosat import eurosat_rgb
 from training.export import write_bundle
 from training.finetune import machine
 from training.int8_scale import int8_of
-from training.legends import crop_sets
+from training.legends import us_crops
 from training.licences import LICENCE, pretraining_data, sensed
 from training.parity import Served
 from training.pretrain import (
@@ -37,7 +37,7 @@ from training.pretrain import (
     Pretraining,
 )
 from training.pretraining_data import Places, Sources, open_sources
-from training.probe import Labelled, linear_logits, probe
+from training.probe import Floats, Labelled, linear_logits, probe
 from training.task import Outputs
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class _Finished:
 
 def _write_pixels(run: _Finished, zoo: Path, data: Path, version: str | None) -> Path:
     config, graph = run.config, pixel_graph(run.networks)
-    crops = crop_sets(data)[0]
+    crops = us_crops(data)
     embedded = embed_crops(graph, crops)
     scores = probe(embedded)
     # The encoder's own numbers come first.
@@ -255,7 +255,7 @@ def probe_outputs(networks: Networks, data: Path) -> dict[str, Outputs]:
         networks: the trained networks.
         data: folder of the data sets; EuroSAT is optional.
     """
-    embedded = {"crops": embed_crops(pixel_graph(networks), crop_sets(data)[0])}
+    embedded = {"crops": embed_crops(pixel_graph(networks), us_crops(data))}
     if (data / "eurosat").is_dir():
         graph = PatchGraph(encoder=networks.patch, head=None)
         embedded["eurosat"] = embed_patches(graph, eurosat_rgb(data / "eurosat"))
@@ -292,22 +292,27 @@ def embed_crops(graph: PixelGraph | Served, crops: PixelSet) -> Labelled:
 
 def embed_patches(graph: PatchGraph | Served, patches: PatchSet, *, seed: int = 0) -> Labelled:
     """Embeddings of a random sample of EuroSAT."""
-    graph.eval()
     rng = np.random.default_rng(seed)
     most = min(_PROBED_PATCHES, len(patches.values))
     chosen = np.sort(rng.permutation(len(patches.values))[:most])
-    parts = []
-    with torch.inference_mode():
-        for i in range(0, most, _BATCH):
-            batch = _reflectance(patches, chosen[i : i + _BATCH])
-            parts.append(graph.raw(torch.from_numpy(batch)).numpy())
     labels = patches.labels if patches.labels is not None else np.full(len(patches.values), -1)
     return Labelled(
-        embeddings=np.concatenate(parts),
+        embeddings=patch_embeddings(graph, _reflectance(patches, chosen)),
         labels=labels[chosen],
         validation=patches.validation[chosen],
         places=patches.places[chosen],
     )
+
+
+def patch_embeddings(graph: PatchGraph | Served, patches: NDArray[np.float32]) -> Floats:
+    """Embeddings (N, D) of patches of reflectance (N, C, P, P)."""
+    graph.eval()
+    with torch.inference_mode():
+        parts = [
+            graph.raw(torch.from_numpy(patches[i : i + _BATCH])).numpy()
+            for i in range(0, len(patches), _BATCH)
+        ]
+    return np.concatenate(parts)
 
 
 def _reflectance(patches: PatchSet, chosen: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ from training.embedding import MIN_OBSERVATIONS, embed_crops, embed_patches
 from training.errors import TrainingError
 from training.export import check_new_version, replaced_bundle
 from training.int8_scale import PROBES, Comparison, int8_of
-from training.legends import WORLDCOVER, crop_sets, relabelled
+from training.legends import WORLDCOVER, relabelled, us_crops
 from training.parity import Served
 from training.probe import Labelled
 from training.score_tables import write_section
@@ -85,7 +85,7 @@ def embedded(folder: Path, card: ModelCard, data: Path) -> dict[str, Labelled]:
     if card.modality == "patch":
         return {"EuroSAT": embed_patches(graph, eurosat_rgb(data / "eurosat"))}
     sets = {
-        "US crops": crop_sets(data)[0],
+        "US crops": us_crops(data),
         "Pune": _halved(relabelled(pune_2019(data / "pune_2019")[0], WORLDCOVER)),
     }
     found = {name: embed_crops(graph, pixels) for name, pixels in sets.items()}

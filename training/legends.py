@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from models.card import LegendClass
 from training.datasets import PixelSet
-from training.datasets.points import crops_us_2021, s2_points, us_regions, victoria_2018
+from training.datasets.points import (
+    crops_us_2021,
+    modis_brazil,
+    modis_legend,
+    s2_points,
+    us_regions,
+    victoria_2018,
+)
 from training.datasets.stacks import read_stack
 from training.datasets.synthetic_ground import synthetic_ground
 
@@ -65,6 +72,18 @@ _CDL_TO_WORLDCOVER = {
 }
 # Land-cover codes of the Flemish labels -> WorldCover code: temporary crops, grassland, built-up.
 _FLANDERS_TO_WORLDCOVER = {11: 40, 13: 30, 60: 50}
+# Labels of the Brazilian series -> WorldCover code. The savannas (Cerrado) that state no kind are
+# left out. All other labels name crops, in one or two seasons.
+_BRAZIL_TO_WORLDCOVER = {
+    "Cerrado": -1,
+    "Cerrado_Arboreo": 10,
+    "Eucalipto": 10,
+    "Cerrado_Rupestre": 20,
+    "Cerrado_Campo": 30,
+    "Pasto": 30,
+    "Pasture": 30,
+    "Solo": 60,
+}
 # Side of the blocks of pixels that are places of a labelled stack.
 _BLOCK = 16
 
@@ -77,9 +96,14 @@ def legend_classes(legend: Mapping[int, tuple[str, str]]) -> tuple[LegendClass, 
     )
 
 
-def crop_sets(data: Path) -> list[PixelSet]:
+def us_crops(data: Path) -> PixelSet:
     """US crops with positions in `CDL` as labels; -1 for a code outside it."""
-    return [relabelled(s, CDL) for s in crops_us_2021(data / "crops_us_2021")]
+    return relabelled(crops_us_2021(data / "crops_us_2021")[0], CDL)
+
+
+def crop_sets(data: Path) -> list[PixelSet]:
+    """The same as two sets, of the regions `us-west` and `us-south`."""
+    return us_regions(us_crops(data))
 
 
 def landcover_sets(data: Path) -> list[PixelSet]:
@@ -98,6 +122,16 @@ def landcover_sets(data: Path) -> list[PixelSet]:
         relabelled(flanders(data / "flanders_2017_2018"), WORLDCOVER, _FLANDERS_TO_WORLDCOVER),
         relabelled(synthetic_ground(), WORLDCOVER),
     ]
+
+
+def brazil_sets(data: Path) -> list[PixelSet]:
+    """MODIS series of Brazil with positions in `WORLDCOVER` as labels; -1 for savannas of no kind.
+
+    They are for evaluation. Trained on, they make a network that is worse near Pune.
+    """
+    folder = data / "modis_brazil"
+    codes = {i: _BRAZIL_TO_WORLDCOVER.get(n, 40) for i, n in enumerate(modis_legend(folder))}
+    return [relabelled(s, WORLDCOVER, codes) for s in modis_brazil(folder)]
 
 
 def flanders(folder: Path) -> PixelSet:

@@ -5,6 +5,7 @@ bundle + calibration across regions -> the same weights under another calibratio
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,9 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
 
     A temperature does not reorder probabilities, and a calibrated prediction interval keeps its
     median, so the predicted classes and medians stay the same. A classifier's files are changed in
-    place; a forecaster is exported again, which computes the features of the interval.
+    place; a forecaster is exported again, which computes the features of the interval. Of regions
+    without a calibration (embeddings, and classes that few regions share) the card takes the
+    scores, and the files stay as they are.
 
     Args:
         folder: the bundle's folder; replaced completely or not at all.
@@ -50,6 +53,8 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
     """
     card, report = load_bundle(folder).card, read_report(regions)
     check_new_version(card, version)
+    if not report.calibration:
+        return _with_scores(folder, card, report, version)
     if card.task == "forecast":
         return _with_interval(folder, card, report, version=version, data=data or Path())
     if "temperature" not in report.calibration:
@@ -73,6 +78,14 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
             "sha256": variants[0].sha256,
         }
         write_card(new, ModelCard.model_validate(fields))
+    return folder
+
+
+def _with_scores(folder: Path, card: ModelCard, report: Report, version: str) -> Path:
+    with replaced_bundle(folder) as new:
+        for variant in card.variants:
+            shutil.copy2(folder / variant.file, new / variant.file)
+        write_card(new, card.model_copy(update={"regions": report.regions, "version": version}))
     return folder
 
 

@@ -41,7 +41,7 @@ from training.datasets.level2a import SEASONS, LabelledArea
 from training.datasets.points import bavaria_2018, pune_2019
 from training.errors import TrainingError
 from training.evaluate import regular_series
-from training.finetune import finetune, is_finished, load_finished, task_of
+from training.finetune import WEIGHTS, finetune, is_finished, load_finished, task_of
 from training.forecasting import SCORED_CUT, SCORED_SOURCE, PixelForecast, cut
 from training.interval import (
     Forecasts,
@@ -52,7 +52,7 @@ from training.interval import (
     fit_nearness,
 )
 from training.landcover import PatchClassification
-from training.legends import WORLDCOVER, relabelled
+from training.legends import WORLDCOVER, brazil_sets, relabelled
 from training.score_tables import write_section
 from training.series import SeriesTable, tabulate
 from training.task import Graph, Outputs
@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 REGIONS = "regions.json"
 _NEARNESS = "nearness.npz"
 WHOLE = "all-regions"
@@ -82,6 +83,9 @@ _PIXELS = 300
 # Number of the scored source's training series that a forecast's references are chosen from.
 _SCORED = 3000
 _YEAR = 365
+# Fewest regions of classes across which a temperature is fitted: with two, each would be calibrated
+# on a single other one.
+_FEWEST_FOR_A_TEMPERATURE = 3
 # Fewest regions on which a prediction interval is fitted: one is left out in turn.
 _FEWEST_REGIONS = 2
 _Forecasting = Callable[[PixelForecast, PixelGraph, SeriesTable], Outputs]
@@ -107,6 +111,9 @@ class Plan:
     """The Markdown file."""
     only: tuple[str, ...] = ()
     """Regions to leave out; all if empty."""
+    starts: Path | None = None
+    """Folder of finished runs to start from: that without a region bears its name, and
+    `all-regions` serves where there is none. None starts all from `run.pretrained`."""
     baselines: bool = True
     """Whether a random forest is trained beside each run."""
     device: str = "auto"
@@ -144,17 +151,24 @@ def evaluate_regions(plan: Plan) -> Report:
     outputs |= _never_trained_on(plan)
     kind = _KINDS[plan.run.config.task]
     report = kind.report(plan, task, outputs)
-    _write(plan, report, kind.lines(report.regions))
+    write_report(plan, plan.run.config.name, report, kind.lines(report))
     return report
 
 
-def _write(plan: Plan, report: Report, lines: Iterator[str]) -> None:
-    """Write `regions.json` and the report's section."""
+def write_report(plan: Plan, name: str, report: Report, lines: Iterator[str]) -> None:
+    """Write `regions.json` and the report's section.
+
+    Args:
+        plan: the evaluation.
+        name: of the bundle.
+        report: calibration and scores.
+        lines: text and table of the section.
+    """
     document = {"calibration": report.calibration, "regions": report.regions}
     (plan.folder / REGIONS).write_text(json.dumps(document, indent=1))
     if report.nearness is not None:
         np.savez(plan.folder / _NEARNESS, **vars(report.nearness))
-    title = f"{plan.run.config.name}: regions left out"
+    title = f"{name}: regions left out"
     write_section(plan.report, title, "\n".join([*lines, "", "```sh", plan.command, "```"]))
 
 
@@ -194,7 +208,7 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
     outputs = {**{n: networks.monthly(n) for n in new}, **networks.never_trained_on(plan.run)}
     others = [networks.monthly(name)["embedding"] for name in networks.others(new)]
     report = _interval_report(outputs, far, networks.near(), others, nearness)
-    _write(plan, report, _forecast_lines(report.regions))
+    write_report(plan, plan.run.config.name, report, _forecast_lines(report.regions))
     return report
 
 
@@ -267,7 +281,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
         ),
     }
     report = Report(calibration=calibration, regions=regions, nearness=nearness)
-    _write(plan, report, _runs_lines(names, regions))
+    write_report(plan, plan.run.config.name, report, _runs_lines(names, regions))
     return report
 
 
@@ -461,8 +475,13 @@ def _fold(plan: Plan, region: str) -> Outputs:
 
 def _train_once(plan: Plan, run: Run, folder: Path) -> None:
     """Train a run, if it has not finished before."""
-    if not is_finished(folder):
-        finetune(run, folder, device=plan.device, threads=plan.threads)
+    if is_finished(folder):
+        return
+    if plan.starts is not None:
+        start = plan.starts / folder.name
+        start = start if is_finished(start) else plan.starts / WHOLE
+        run = run.model_copy(update={"pretrained": (start / WEIGHTS,)})
+    finetune(run, folder, device=plan.device, threads=plan.threads)
 
 
 def _never_trained_on(plan: Plan) -> dict[str, Outputs]:
@@ -483,6 +502,7 @@ def evaluation_sets(run: Run) -> list[list[PixelSet]]:
     """Regions for evaluation only, never for training; labelled if the task needs labels.
 
     Pune's labels state no licence. Bavaria's series are means of fields at level 1C, with clouds.
+    Brazil's are of MODIS.
     """
     return _KINDS[run.config.task].never_trained_on(run)
 
@@ -491,7 +511,7 @@ def _labelled_sets(run: Run) -> list[list[PixelSet]]:
     if getattr(run.config, "legend", "") != "worldcover":
         return []
     regions = pune_2019(run.data / "pune_2019"), bavaria_2018(run.data / "bavaria_2018")
-    return [[relabelled(s, WORLDCOVER) for s in sets] for sets in regions]
+    return [*([relabelled(s, WORLDCOVER) for s in sets] for sets in regions), brazil_sets(run.data)]
 
 
 def _series_sets(run: Run) -> list[list[PixelSet]]:
@@ -537,27 +557,42 @@ def _temperature(graph: Any) -> Floats:  # noqa: ANN401 - as `_logits`
 
 def _classes(plan: Plan, task: PixelClassification, outputs: Mapping[str, Outputs]) -> Report:
     trained = {n: o for n, o in outputs.items() if n in task.table.regions}
+    enough = len(trained) >= _FEWEST_FOR_A_TEMPERATURE
     regions = {}
     for name, own in outputs.items():
         others = {n: o for n, o in trained.items() if n != name}
-        temperature = across(others) if others else float(own["temperature"])
-        beside = probabilities(own["logits"], float(own["temperature"]))
-        across_regions = probabilities(own["logits"], temperature)
-        labels, places = own["labels"], own["places"]
+        seen = np.isin(own["labels"], task.table.labels[~task.table.in_regions([name])])
         regions[name] = {
-            "n": len(labels),
-            "places": len(np.unique(places)),
-            "accuracy": _interval(_accuracy, across_regions, labels, places),
-            "macro_f1": round(macro_f1(across_regions.argmax(1), labels, len(task.legend)), 4),
-            "confidence": round(float(across_regions.max(axis=1).mean()), 4),
-            "calibration_error": _interval(
-                expected_calibration_error, across_regions, labels, places
-            ),
-            "calibration_error_beside": round(expected_calibration_error(beside, labels), 4),
-            **(_beside_forest(plan, task, name, labels) if plan.baselines else {}),
-            "largest_class": round(float(np.bincount(labels).max() / len(labels)), 4),
+            **class_scores(own, across(others) if enough else None, seen),
+            **(beside_forest(plan, task, name, seen) if plan.baselines else {}),
         }
-    return Report(calibration={"temperature": round(across(trained), 4)}, regions=regions)
+    calibration = {"temperature": round(across(trained), 4)} if enough else {}
+    return Report(calibration=calibration, regions=regions)
+
+
+def class_scores(own: Outputs, temperature: float | None, seen: Bools) -> dict[str, Any]:
+    """Scores of a classifier on a region that it was not trained on, for a card.
+
+    Args:
+        own: logits (N, K), labels (N), places (N) and the `temperature` of the training regions.
+        temperature: fitted on other regions left out; None takes that of the training regions.
+        seen: True for pixels of classes that the training regions have (N). Only these are scored,
+            and `unseen_classes` is the share of the others.
+    """
+    logits, labels, places = (own[name][seen] for name in ("logits", "labels", "places"))
+    beside = probabilities(logits, float(own["temperature"]))
+    shares = beside if temperature is None else probabilities(logits, temperature)
+    return {
+        "n": len(labels),
+        "places": len(np.unique(places)),
+        "unseen_classes": round(1.0 - float(seen.mean()), 4),
+        "accuracy": _interval(_accuracy, shares, labels, places),
+        "macro_f1": round(macro_f1(shares.argmax(1), labels, logits.shape[1]), 4),
+        "confidence": round(float(shares.max(axis=1).mean()), 4),
+        "calibration_error": _interval(expected_calibration_error, shares, labels, places),
+        "calibration_error_beside": round(expected_calibration_error(beside, labels), 4),
+        "largest_class": round(float(np.bincount(labels).max() / len(labels)), 4),
+    }
 
 
 def across(outputs: Mapping[str, Outputs]) -> float:
@@ -570,11 +605,20 @@ def across(outputs: Mapping[str, Outputs]) -> float:
     return fit_temperature(logits, labels, weights)
 
 
-def _beside_forest(
-    plan: Plan, task: PixelClassification, region: str, labels: Ints
+def beside_forest(
+    plan: Plan, task: PixelClassification, region: str, seen: Bools
 ) -> dict[str, dict[str, float]]:
+    """Scores of a random forest that was trained on all other regions, for a card.
+
+    Args:
+        plan: the evaluation; its folder keeps the forest's probabilities.
+        task: the task with the data.
+        region: the region scored.
+        seen: True for the pixels that are scored (N).
+    """
     path = plan.folder / f"forest-{region}.npz"
-    shares = _stored(path, partial(_forest, plan.run, task, region))["shares"]
+    stored = _stored(path, partial(_forest, plan.run, task, region))
+    shares, labels = stored["shares"][seen], stored["labels"][seen]
     error = expected_calibration_error(shares, labels)
     scores = {"accuracy": _accuracy(shares, labels), "calibration_error": error}
     return {"random_forest": {name: round(value, 4) for name, value in scores.items()}}
@@ -592,7 +636,7 @@ def _forest(run: Run, task: PixelClassification, region: str) -> Outputs:
     forest.fit(regular_series(train, task.config), train.labels)
     shares = np.zeros((len(scored), len(task.legend)))
     shares[:, forest.classes_] = forest.predict_proba(regular_series(scored, task.config))
-    return {"shares": shares}
+    return {"shares": shares, "labels": scored.labels}
 
 
 def _accuracy(shares: Floats, labels: Ints) -> float:
@@ -615,27 +659,51 @@ def _interval(
     return [round(v, 4) for v in (score(shares, labels), float(low), float(high))]
 
 
-def _class_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    yield (
-        "Each region was left out of training completely, and is scored with the temperature "
-        "fitted on the other regions left out. `pune` and `bavaria` are never trained on. Brackets "
-        f"hold 95 % intervals by {_RESAMPLES} bootstraps over places; one seed. Column `beside`: "
+def _class_lines(report: Report) -> Iterator[str]:
+    calibrated = (
+        "is scored with the temperature fitted on the other regions left out. Column `beside`: "
         "calibration error with the temperature fitted on validation places of the training "
-        "regions. The forest has the same training data."
+        "regions."
+        if report.calibration
+        else "is scored with the temperature fitted on validation places of the training regions."
+    )
+    unseen = any(region["unseen_classes"] for region in report.regions.values())
+    yield (
+        f"Each region was left out of training completely, and {calibrated} "
+        + (
+            "`pune`, `bavaria` and `brazil` are never trained on. "
+            if "pune" in report.regions
+            else ""
+        )
+        + (
+            "Scored are the pixels of classes that the training regions have; `unseen` is the "
+            "share of the others, which no model can name. "
+            if unseen
+            else ""
+        )
+        + f"Brackets hold 95 % intervals by {_RESAMPLES} bootstraps over places; one seed. The "
+        "forest has the same training data."
     )
     yield ""
+    yield from class_rows(report.regions)
+
+
+def class_rows(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Table of `class_scores` by region, with the forest's where there are any."""
     yield (
-        "| region | n | places | accuracy | calibration error | beside | confidence | forest: "
-        "accuracy | calibration error | largest class |"
+        "| region | n | places | unseen | accuracy | macro-F1 | calibration error | beside | "
+        "confidence | forest: accuracy | calibration error | largest class |"
     )
-    yield "|---" * 10 + "|"
+    yield "|---" * 12 + "|"
     for name, r in regions.items():
         forest = r.get("random_forest", {})
         cells = (
             name,
             r["n"],
             r["places"],
+            f"{r['unseen_classes']:.0%}",
             _bracketed(r["accuracy"]),
+            f"{r['macro_f1']:.3f}",
             _bracketed(r["calibration_error"]),
             f"{r['calibration_error_beside']:.3f}",
             f"{r['confidence']:.3f}",
@@ -978,7 +1046,8 @@ class _Kind:
     outputs: Callable[[Any, Any, Any], Outputs]
     """Outputs of a task's graph on a region; takes the task, the graph and the region's samples."""
     report: Callable[[Plan, Any, Mapping[str, Outputs]], Report]
-    lines: Callable[[Mapping[str, Mapping[str, Any]]], Iterator[str]]
+    lines: Callable[[Report], Iterator[str]]
+    """Text and table of the report's section."""
 
 
 _KINDS: Mapping[str, _Kind] = {
@@ -994,13 +1063,13 @@ _KINDS: Mapping[str, _Kind] = {
         labelled=True,
         outputs=_area_logits,
         report=_areas,
-        lines=_area_lines,
+        lines=lambda report: _area_lines(report.regions),
     ),
     "forecast": _Kind(
         never_trained_on=_series_sets,
         labelled=False,
         outputs=_forecasts_from_every_month,
         report=_forecasts,
-        lines=_forecast_lines,
+        lines=lambda report: _forecast_lines(report.regions),
     ),
 }

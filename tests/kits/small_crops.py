@@ -21,8 +21,14 @@ TINY = (
 """Settings of a network for it."""
 
 
-def write_crops(folder: Path) -> Path:
-    """Crops whose class is the height of their season; a quarter of the places is validation."""
+def write_crops(folder: Path, *, states: int = 1) -> Path:
+    """Crops whose class is the time of their season; a quarter of the places is validation.
+
+    Args:
+        folder: takes the archive in `crops_us_2021`.
+        states: 1, or 2 for two halves in two states: the first grows code 5, and the second code
+            24 in its place.
+    """
     rng = np.random.default_rng(0)
     n, t = PIXELS, 36
     kind = rng.integers(3, size=n)
@@ -32,6 +38,11 @@ def write_crops(folder: Path) -> Path:
     reflectance = (np.maximum(bands, 0.001) * 10_000).astype(np.int16)
     reflectance[rng.random((n, t)) < 0.15] = 0
     lonlat = np.column_stack([-120 + 0.1 * (np.arange(n) % 16), np.full(n, 36.0)]) + 0.05
+    codes = CODES[kind]
+    if states == 2:
+        second = np.arange(n) % 32 >= 16
+        lonlat[second, 0] += 30.0
+        codes = np.where(second & (kind == 1), 24, codes)
     (folder / "crops_us_2021").mkdir()
     np.savez(
         folder / "crops_us_2021" / "crops_us_2021_dev.npz",
@@ -39,7 +50,7 @@ def write_crops(folder: Path) -> Path:
         dates=np.array([str(date(2021, 1, 5) + timedelta(days=10 * i)) for i in range(t)]),
         bands=np.array(["B02", "B04", "B08"]),
         lonlat=lonlat,
-        label=CODES[kind].astype(np.int16),
+        label=codes.astype(np.int16),
         is_val=np.arange(n) % 16 >= 12,
     )
     return folder

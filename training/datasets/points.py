@@ -146,12 +146,13 @@ def modis_brazil(folder: Path) -> list[PixelSet]:
 
 
 def us_regions(crops: PixelSet) -> list[PixelSet]:
-    """The US crops as two sets, of the regions `us-west` and `us-south`."""
+    """The US crops as two sets, of the regions `us-west` and `us-south`; one if all are in one."""
     west = longitudes(crops.places) < _US_WEST
-    return [
+    sets = (
         replace(crops.take(west), region="us-west"),
         replace(crops.take(~west), region="us-south"),
-    ]
+    )
+    return [pixels for pixels in sets if len(pixels.places)]
 
 
 def victoria_2018(folder: Path) -> list[PixelSet]:
