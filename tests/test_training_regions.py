@@ -180,21 +180,6 @@ class TestClasses:
         right = logits.argmax(axis=1) == task.left_out.labels[known]
         assert report.regions["us-south"]["accuracy"][0] == pytest.approx(right.mean(), abs=1e-4)
 
-    def test_runs_start_from_those_of_the_same_region(self, plan: Plan, tmp_path: Path) -> None:
-        """A training that changes hardly anything shows where it started."""
-        evaluate_regions(plan)
-        starts = tmp_path / "starts"
-        shutil.copytree(plan.folder / "us-west", starts / "us-west")
-        shutil.copytree(plan.folder / "us-west", starts / "all-regions")
-        still = changed(plan.run.config, ["optimisation.epochs=1", "optimisation.keep=0.999"])
-        run = plan.run.model_copy(update={"config": still})
-        later = replace(plan, run=run, folder=tmp_path / "runs", starts=starts, baselines=False)
-        evaluate_regions(later)
-        first = _weights(plan.folder / "us-west")
-        assert not torch.allclose(first, _weights(plan.folder / "us-south"), atol=1e-2)
-        for region in ("us-west", "us-south"):
-            assert torch.allclose(first, _weights(later.folder / region), atol=1e-2)
-
     def test_a_bundle_takes_scores_without_a_calibration_as_its_files_are(
         self, plan: Plan, tmp_path: Path
     ) -> None:
@@ -207,12 +192,6 @@ class TestClasses:
         assert set(after.regions) == {"us-west", "us-south"}
         assert (after.version, after.sha256) == ("1.0.1", before.sha256)
         assert after.training == before.training
-
-
-def _weights(run: Path) -> torch.Tensor:
-    """Weights of a finished run's head."""
-    weight: torch.Tensor = load_finished(run)[2].state_dict()["head.linear.weight"]
-    return weight
 
 
 class TestEmbeddings:

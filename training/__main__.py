@@ -218,13 +218,6 @@ def regions(
     pretrained: Annotated[
         Path | None, typer.Option(help="Checkpoint with the encoder to start from.")
     ] = None,
-    starts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of finished runs to start from: that without a region bears its name, and "
-            "all-regions serves where there is none."
-        ),
-    ] = None,
     bundle: Annotated[
         Path | None,
         typer.Option(
@@ -271,7 +264,6 @@ def regions(
         config = run_of_card(load_bundle(bundle).card, data).config
     started = (pretrained,) if pretrained else ()
     words = [f"--pretrained {pretrained.as_posix()}"] if pretrained else []
-    words += [f"--starts {starts.as_posix()}"] if starts else []
     words += [f"--bundle {bundle.as_posix()}"] if bundle else []
     runs = {"trained": trained, "without": without}
     words += [f"--{option} {path.as_posix()}" for option, path in runs.items() if path]
@@ -282,7 +274,6 @@ def regions(
         folder=run or RUNS / "regions" / name,
         report=report,
         only=tuple(only or ()),
-        starts=starts,
         baselines=baselines,
         device=device,
         threads=threads,

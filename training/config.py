@@ -333,6 +333,8 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
             encoder=PixelEncoderConfig(width=32, depths=(0, 1, 2), plot_dropout=0.4),
             optimisation=Optimisation(epochs=16),
             balance=0.1,
+            # Small regions count more than their share of pixels, large ones less.
+            regions=0.5,
             mix=0.4,
             # Stacks contain haze and snow that masks miss.
             clarity=15.0,

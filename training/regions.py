@@ -41,7 +41,7 @@ from training.datasets.level2a import SEASONS, LabelledArea
 from training.datasets.points import bavaria_2018, pune_2019
 from training.errors import TrainingError
 from training.evaluate import regular_series
-from training.finetune import WEIGHTS, finetune, is_finished, load_finished, task_of
+from training.finetune import finetune, is_finished, load_finished, task_of
 from training.forecasting import SCORED_CUT, SCORED_SOURCE, PixelForecast, cut
 from training.interval import (
     Forecasts,
@@ -111,9 +111,6 @@ class Plan:
     """The Markdown file."""
     only: tuple[str, ...] = ()
     """Regions to leave out; all if empty."""
-    starts: Path | None = None
-    """Folder of finished runs to start from: that without a region bears its name, and
-    `all-regions` serves where there is none. None starts all from `run.pretrained`."""
     baselines: bool = True
     """Whether a random forest is trained beside each run."""
     device: str = "auto"
@@ -475,13 +472,8 @@ def _fold(plan: Plan, region: str) -> Outputs:
 
 def _train_once(plan: Plan, run: Run, folder: Path) -> None:
     """Train a run, if it has not finished before."""
-    if is_finished(folder):
-        return
-    if plan.starts is not None:
-        start = plan.starts / folder.name
-        start = start if is_finished(start) else plan.starts / WHOLE
-        run = run.model_copy(update={"pretrained": (start / WEIGHTS,)})
-    finetune(run, folder, device=plan.device, threads=plan.threads)
+    if not is_finished(folder):
+        finetune(run, folder, device=plan.device, threads=plan.threads)
 
 
 def _never_trained_on(plan: Plan) -> dict[str, Outputs]:
