@@ -245,7 +245,7 @@ def regions(
     settings: Settings = None,
 ) -> None:
     """Hold each region out in turn: train the missing runs, score, calibrate across regions."""
-    from training.embedding_regions import evaluate_embedding
+    from training.embedding_regions import LABELS, evaluate_embedding
     from training.recalibrate import run_of_card
     from training.regions import Plan, evaluate_bundle, evaluate_regions, evaluate_runs
 
@@ -254,14 +254,13 @@ def regions(
             "give --trained and --without together, and neither of them with --bundle"
         )
 
-    embeds = bundle is not None and load_bundle(bundle).card.task == "embed"
-    # Embeddings of pixels are probed on the labels of this bundle.
-    labels = "pixels-landcover" if embeds else name
-    config = changed(configuration(labels), settings or [])
-    if bundle:
+    card = load_bundle(bundle).card if bundle else None
+    embeds = card is not None and card.task == "embed"
+    config = changed(configuration(LABELS if embeds else name), settings or [])
+    if card:
         _use_threads(threads)
-    if bundle and not embeds:
-        config = run_of_card(load_bundle(bundle).card, data).config
+    if card and not embeds:
+        config = run_of_card(card, data).config
     started = (pretrained,) if pretrained else ()
     words = [f"--pretrained {pretrained.as_posix()}"] if pretrained else []
     words += [f"--bundle {bundle.as_posix()}"] if bundle else []

@@ -9,6 +9,7 @@ import csv
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from training.datasets.eurosat import eurosat_rgb
 from training.export import write_bundle
 from training.finetune import machine
 from training.int8_scale import int8_of
+from training.landcover import patch_outputs
 from training.legends import us_crops
 from training.licences import LICENCE, pretraining_data, sensed
 from training.parity import Served
@@ -37,7 +39,7 @@ from training.pretrain import (
     Pretraining,
 )
 from training.pretraining_data import Places, Sources, open_sources
-from training.probe import Floats, Labelled, linear_logits, probe
+from training.probe import Labelled, linear_logits, probe
 from training.task import Outputs
 
 log = logging.getLogger(__name__)
@@ -297,22 +299,11 @@ def embed_patches(graph: PatchGraph | Served, patches: PatchSet, *, seed: int = 
     chosen = np.sort(rng.permutation(len(patches.values))[:most])
     labels = patches.labels if patches.labels is not None else np.full(len(patches.values), -1)
     return Labelled(
-        embeddings=patch_embeddings(graph, _reflectance(patches, chosen)),
+        embeddings=patch_outputs(graph, chosen, partial(_reflectance, patches)),
         labels=labels[chosen],
         validation=patches.validation[chosen],
         places=patches.places[chosen],
     )
-
-
-def patch_embeddings(graph: PatchGraph | Served, patches: NDArray[np.float32]) -> Floats:
-    """Embeddings (N, D) of patches of reflectance (N, C, P, P)."""
-    graph.eval()
-    with torch.inference_mode():
-        parts = [
-            graph.raw(torch.from_numpy(patches[i : i + _BATCH])).numpy()
-            for i in range(0, len(patches), _BATCH)
-        ]
-    return np.concatenate(parts)
 
 
 def _reflectance(patches: PatchSet, chosen: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -5,26 +5,24 @@ bundle -> embeddings of all places -> probes with float32 and int8 -> table, car
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from models.card import EmbeddingInt8, ModelCard
+from models.card import ModelCard
 from models.registry import load_bundle
-from training.card import write_card
 from training.datasets import PixelSet
 from training.datasets.eurosat import eurosat_rgb
 from training.datasets.points import pune_2019, s2_points
 from training.embedding import MIN_OBSERVATIONS, embed_crops, embed_patches
 from training.errors import TrainingError
-from training.export import check_new_version, replaced_bundle
+from training.export import check_new_version, replace_card
 from training.int8_scale import PROBES, Comparison, int8_of
 from training.legends import WORLDCOVER, relabelled, us_crops
 from training.parity import Served
-from training.probe import Labelled
+from training.probe import Labelled, joined
 from training.score_tables import write_section
 
 TITLE = "Embeddings: int8"
@@ -73,7 +71,8 @@ def measure_int8(
         field, found = int8_of(embedded(folder, card, data), kept.scale if kept else None)
         rows += [_row(card.name, field.scale, one) for one in found]
         if version is not None:
-            _write(folder, card, field, version)
+            changes = {"embedding_int8": field, "version": version}
+            replace_card(folder, card.model_copy(update=changes))
     text = _table(rows)
     write_section(report, TITLE, text)
     return text
@@ -92,7 +91,7 @@ def embedded(folder: Path, card: ModelCard, data: Path) -> dict[str, Labelled]:
     campaigns = [relabelled(one, WORLDCOVER) for one in s2_points(data / "s2_points")]
     # Some dates have no pixel with a class and enough observations.
     usable = [one for one in campaigns if _embeddable(one)]
-    return {**found, "four campaigns": _joined([embed_crops(graph, one) for one in usable])}
+    return {**found, "four campaigns": joined([embed_crops(graph, one) for one in usable])}
 
 
 def _embeddable(pixels: PixelSet) -> bool:
@@ -100,26 +99,10 @@ def _embeddable(pixels: PixelSet) -> bool:
     return bool((labelled & (pixels.valid.sum(axis=1) >= MIN_OBSERVATIONS)).any())
 
 
-def _joined(parts: Sequence[Labelled]) -> Labelled:
-    return Labelled(
-        embeddings=np.concatenate([part.embeddings for part in parts]),
-        labels=np.concatenate([part.labels for part in parts]),
-        validation=np.concatenate([part.validation for part in parts]),
-        places=np.concatenate([part.places for part in parts]),
-    )
-
-
 def _halved(pixels: PixelSet) -> PixelSet:
     """Every second place is one of validation."""
     position = np.unique(pixels.places, return_inverse=True)[1]
     return replace(pixels, validation=position % 2 == 1)
-
-
-def _write(folder: Path, card: ModelCard, field: EmbeddingInt8, version: str) -> None:
-    with replaced_bundle(folder) as new:
-        for variant in card.variants:
-            shutil.copy2(folder / variant.file, new / variant.file)
-        write_card(new, card.model_copy(update={"embedding_int8": field, "version": version}))
 
 
 def _row(name: str, scale: float, one: Comparison) -> str:

@@ -3,14 +3,13 @@
 bundle -> embeddings of all regions -> a linear probe without each region -> scores, `regions.json`
 
 An encoder is pretrained without labels, so a region is left out of the probe alone; the imagery of
-some regions is part of the pretraining. A random forest that is trained on the same pixels stands
-beside an embedding of pixels.
+some regions is part of the pretraining. A random forest on the pixels' series stands beside an
+embedding of pixels; it also has the synthetic ground.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,16 @@ from models.indices import SpectralIndices
 from models.registry import load_bundle
 from training.calibration import fit_temperature
 from training.classification import PixelClassification, in_window
-from training.config import configuration
 from training.datasets.eurosat import eurosat_rgb
 from training.datasets.level2a import labelled_areas
-from training.embedding import embed_patches, patch_embeddings
+from training.datasets.synthetic_ground import SYNTHETIC
+from training.embedding import embed_patches
 from training.errors import TrainingError
 from training.finetune import task_of
+from training.landcover import patch_outputs
 from training.legends import WORLDCOVER, landcover_sets
 from training.parity import Served
-from training.probe import Labelled, linear_logits
+from training.probe import Labelled, joined, linear_logits
 from training.regions import (
     Plan,
     Report,
@@ -45,14 +45,14 @@ from training.series import series_outputs, tabulate
 from training.task import Outputs
 
 Bools = NDArray[np.bool_]
-_LABELS = "pixels-landcover"
-"""The bundle on whose labels an embedding of pixels is probed."""
+LABELS = "pixels-landcover"
+"""The bundle on whose labels an embedding of pixels is probed, and whose forest stands beside."""
 _PIXELS = (
     "A linear probe (logistic regression) of the embeddings for the classes of broad land cover. "
     "Each region was left out of the probe's training completely, and its probabilities are "
     "calibrated by the temperature fitted on the other regions left out. `pune`, `bavaria` and "
     "`brazil` are never trained on. The encoder was pretrained without labels; the card names the "
-    "data. "
+    "data. The forest has the synthetic ground as well. "
 )
 _PATCHES = (
     "A linear probe (logistic regression) of the embeddings for EuroSAT's classes, trained on a "
@@ -67,16 +67,16 @@ def evaluate_embedding(bundle: Path, plan: Plan) -> Report:
 
     Args:
         bundle: folder of a bundle of embeddings.
-        plan: `run` gives the data and the Romania cube; its configuration does not count.
+        plan: `run` has the configuration `LABELS`, the data and the Romania cube.
 
     Raises:
         TrainingError: the bundle is no embedding.
     """
-    card = load_bundle(bundle).card
+    found = load_bundle(bundle)
+    card = found.card
     if card.task != "embed":
         raise TrainingError(f"{card.id} is a model of {card.task}: give a bundle of embeddings")
-    graph = Served(load_bundle(bundle).path("float32"))
-    plan = replace(plan, run=plan.run.model_copy(update={"config": configuration(_LABELS)}))
+    graph = Served(found.path("float32"))
     plan.folder.mkdir(parents=True, exist_ok=True)
     scored = _patches(graph, plan) if card.modality == "patch" else _pixels(graph, card, plan)
     report = Report(calibration={}, regions=scored)
@@ -94,11 +94,12 @@ def _lines(about: str, report: Report) -> Iterator[str]:
 def _pixels(graph: Served, card: ModelCard, plan: Plan) -> dict[str, dict[str, Any]]:
     if card.window is None:
         raise TrainingError(f"{card.id} states no time window")
-    never = [pixels for sets in evaluation_sets(plan.run) for pixels in sets]
+    never = {str(sets[0].region): sets for sets in evaluation_sets(plan.run)}
     # Synthetic series are made for the classifier: a probe is trained on observed ones.
-    sets = [s for s in landcover_sets(plan.run.data) if s.source != "synthetic_ground"]
+    sets = [s for s in landcover_sets(plan.run.data) if s.source != SYNTHETIC]
+    sets += [s for several in never.values() for s in several]
     spectral = SpectralIndices(card.indices, card.bands)
-    found = tabulate([*sets, *never], card.window, least=card.min_observations, spectral=spectral)
+    found = tabulate(sets, card.window, least=card.min_observations, spectral=spectral)
     table = found.take(found.labels >= 0)
     valid = in_window(table, card.window)
     data = Labelled(
@@ -107,45 +108,34 @@ def _pixels(graph: Served, card: ModelCard, plan: Plan) -> dict[str, dict[str, A
         validation=table.validation,
         places=table.places,
     )
-    names = [name for i, name in enumerate(table.regions) if (table.region == i).any()]
-    held_out = {name: table.in_regions([name]) for name in names}
-    trainable = ~table.in_regions([str(pixels.region) for pixels in never])
-    classes = len(WORLDCOVER)
-    outputs = {name: _probed(data, away, trainable, classes) for name, away in held_out.items()}
-    trained = {n: o for n, o in outputs.items() if (trainable & held_out[n]).any()}
-    scored = _scores(outputs, trained)
+    names = [table.regions[i] for i in np.unique(table.region)]
+    trainable = ~table.in_regions(list(never))
+    outputs = {
+        name: _probed(data, table.in_regions([name]), trainable, len(WORLDCOVER)) for name in names
+    }
+    scored = _scores(outputs, {n: o for n, o in outputs.items() if n not in never})
     if plan.baselines and isinstance(task := task_of(plan.run), PixelClassification):
         for name, scores in scored.items():
-            seen = np.ones(int(held_out[name].sum()), dtype=bool)
-            scores |= beside_forest(plan, task, name, seen)
+            scores |= beside_forest(plan, task, name)
     return scored
 
 
 def _patches(graph: Served, plan: Plan) -> dict[str, dict[str, Any]]:
-    eurosat = embed_patches(graph, eurosat_rgb(plan.run.data / "eurosat"))
-    parts, names = [eurosat], ["eurosat"]
+    parts = {"eurosat": embed_patches(graph, eurosat_rgb(plan.run.data / "eurosat"))}
     for area in labelled_areas(plan.run.data, plan.run.romania):
         count = len(area.labels)
-        parts.append(
-            Labelled(
-                embeddings=patch_embeddings(graph, area.values),
-                labels=area.labels,
-                validation=np.zeros(count, dtype=bool),
-                places=area.places,
-            )
+        parts[area.name] = Labelled(
+            embeddings=patch_outputs(graph, np.arange(count), area.values.__getitem__),
+            labels=area.labels,
+            validation=np.zeros(count, dtype=bool),
+            places=area.places,
         )
-        names.append(area.name)
-    data = Labelled(
-        embeddings=np.concatenate([part.embeddings for part in parts]),
-        labels=np.concatenate([part.labels for part in parts]),
-        validation=np.concatenate([part.validation for part in parts]),
-        places=np.concatenate([part.places for part in parts]),
-    )
-    region = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
+    data = joined(list(parts.values()))
+    region = np.repeat(list(parts), [len(part.labels) for part in parts.values()])
+    # Of EuroSAT the validation patches are left out, because no area has all of its classes.
+    away = {name: (region == name) & (data.validation | (name != "eurosat")) for name in parts}
     everywhere = np.ones(len(region), dtype=bool)
     classes = int(data.labels.max()) + 1
-    away = {"eurosat": (region == 0) & data.validation}
-    away |= {name: region == i for i, name in enumerate(names) if i}
     outputs = {name: _probed(data, rows, everywhere, classes) for name, rows in away.items()}
     return _scores(outputs, outputs)
 
@@ -169,11 +159,4 @@ def _scores(
     outputs: Mapping[str, Outputs], trained: Mapping[str, Outputs]
 ) -> dict[str, dict[str, Any]]:
     """Scores by region, each under the temperature fitted on the other ones in `trained`."""
-    return {
-        name: class_scores(
-            own,
-            across({n: o for n, o in trained.items() if n != name}),
-            np.ones(len(own["labels"]), dtype=bool),
-        )
-        for name, own in outputs.items()
-    }
+    return {name: class_scores(own, across(trained, without=name)) for name, own in outputs.items()}

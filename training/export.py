@@ -191,6 +191,19 @@ def replaced_bundle(folder: Path) -> Iterator[Path]:
         raise
 
 
+def replace_card(folder: Path, card: ModelCard) -> None:
+    """Give a bundle another card; its files stay as they are.
+
+    Args:
+        folder: the bundle's folder; replaced completely or not at all.
+        card: of the same files.
+    """
+    with replaced_bundle(folder) as new:
+        for variant in card.variants:
+            shutil.copy2(folder / variant.file, new / variant.file)
+        write_card(new, card)
+
+
 def _export(
     graph: Graph,
     path: Path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from training.probe import headless, probed_classes
 from training.task import Inputs, Outputs
 
 Floats = NDArray[np.float32]
+_BATCH = 256
 _COLORS = {
     "AnnualCrop": "#f5c542",
     "Forest": "#1b6b2f",
@@ -188,11 +189,7 @@ class PatchClassification:
 
     def logits(self, graph: PatchGraph) -> Floats:
         """Logits of the validation patches (N, K)."""
-        parts = [
-            _raw(graph, self.read(chosen))
-            for chosen in np.array_split(self.validation, -(-len(self.validation) // 256))
-        ]
-        return np.concatenate(parts)
+        return patch_outputs(graph, self.validation, self.read)
 
     def outputs(self, graph: Any) -> Outputs:  # noqa: ANN401  # a graph, or its file in its place
         """Logits of the validation patches, with their labels."""
@@ -200,9 +197,8 @@ class PatchClassification:
 
     def area_outputs(self, graph: PatchGraph, area: LabelledArea) -> Outputs:
         """Logits of an area's patches (N, K), with their labels, places and seasons."""
-        parts = np.array_split(area.values, -(-len(area.values) // 256))
         return {
-            "logits": np.concatenate([_raw(graph, part) for part in parts]),
+            "logits": patch_outputs(graph, np.arange(len(area.values)), area.values.__getitem__),
             "labels": area.labels,
             "places": area.places,
             "seasons": area.seasons,
@@ -218,8 +214,7 @@ class PatchClassification:
         """Embeddings (N, D) and labels (N) of the training or of the validation patches."""
         bare = headless(graph)
         chosen = self.train if training else self.validation
-        parts = np.array_split(chosen, -(-len(chosen) // 256))
-        return np.concatenate([_raw(bare, self.read(p)) for p in parts]), self.labels[chosen]
+        return patch_outputs(bare, chosen, self.read), self.labels[chosen]
 
     def probe(self, graph: PatchGraph, protocol: str) -> Outputs:
         """Outputs of a probe of the frozen encoder."""
@@ -264,8 +259,27 @@ class PatchClassification:
         return self.patches.values[chosen].astype(np.float32) * scale
 
 
-def _raw(graph: PatchGraph, patches: NDArray[Any]) -> Floats:
-    """Logits (N, K) of patches of reflectance."""
+def patch_outputs(
+    graph: Any,  # noqa: ANN401  # a graph, or its file in its place
+    chosen: NDArray[np.int64],
+    read: Callable[[NDArray[np.int64]], Floats],
+) -> Floats:
+    """Raw outputs of a graph for patches, in evaluation mode, batch by batch.
+
+    Args:
+        graph: the trained graph, or its ONNX file.
+        chosen: positions of the patches (N), at least one.
+        read: gives reflectance (n, C, P, P) of some positions (n).
+
+    Returns:
+        The graph's raw outputs (N, K).
+    """
+    parts = np.array_split(chosen, -(-len(chosen) // _BATCH))
+    return np.concatenate([_raw(graph, read(part)) for part in parts])
+
+
+def _raw(graph: Any, patches: NDArray[Any]) -> Floats:  # noqa: ANN401 - as `patch_outputs`
+    """Raw outputs (N, K) of patches of reflectance."""
     graph.eval()
     with torch.inference_mode():
         return np.asarray(graph.raw(torch.from_numpy(patches)).numpy())

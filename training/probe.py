@@ -9,7 +9,7 @@ those of places that neither the encoder nor the probe was trained on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,16 @@ class Labelled:
     def part(self, chosen: NDArray[np.bool_]) -> tuple[Floats, Ints]:
         """Embeddings and labels of the rows chosen."""
         return self.embeddings[chosen], self.labels[chosen]
+
+
+def joined(parts: Sequence[Labelled]) -> Labelled:
+    """Several sets as one; places stay as they are numbered."""
+    return Labelled(
+        embeddings=np.concatenate([part.embeddings for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        validation=np.concatenate([part.validation for part in parts]),
+        places=np.concatenate([part.places for part in parts]),
+    )
 
 
 def probe(data: Labelled, *, resamples: int = 1000, seed: int = 0) -> dict[str, object]:

@@ -5,7 +5,6 @@ bundle + calibration across regions -> the same weights under another calibratio
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,13 @@ from training.bundle_weights import load_folded
 from training.card import write_card
 from training.config import Run
 from training.errors import TrainingError
-from training.export import check_new_version, measured_loss, replaced_bundle, write_bundle
+from training.export import (
+    check_new_version,
+    measured_loss,
+    replace_card,
+    replaced_bundle,
+    write_bundle,
+)
 from training.finetune import task_of
 from training.regions import INTERVAL, Report, apply_calibration, read_report
 
@@ -54,7 +59,9 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
     card, report = load_bundle(folder).card, read_report(regions)
     check_new_version(card, version)
     if not report.calibration:
-        return _with_scores(folder, card, report, version)
+        scored = card.model_copy(update={"regions": report.regions, "version": version})
+        replace_card(folder, scored)
+        return folder
     if card.task == "forecast":
         return _with_interval(folder, card, report, version=version, data=data or Path())
     if "temperature" not in report.calibration:
@@ -78,14 +85,6 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
             "sha256": variants[0].sha256,
         }
         write_card(new, ModelCard.model_validate(fields))
-    return folder
-
-
-def _with_scores(folder: Path, card: ModelCard, report: Report, version: str) -> Path:
-    with replaced_bundle(folder) as new:
-        for variant in card.variants:
-            shutil.copy2(folder / variant.file, new / variant.file)
-        write_card(new, card.model_copy(update={"regions": report.regions, "version": version}))
     return folder
 
 

@@ -205,7 +205,7 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
     outputs = {**{n: networks.monthly(n) for n in new}, **networks.never_trained_on(plan.run)}
     others = [networks.monthly(name)["embedding"] for name in networks.others(new)]
     report = _interval_report(outputs, far, networks.near(), others, nearness)
-    write_report(plan, plan.run.config.name, report, _forecast_lines(report.regions))
+    write_report(plan, plan.run.config.name, report, _forecast_lines(report))
     return report
 
 
@@ -552,32 +552,35 @@ def _classes(plan: Plan, task: PixelClassification, outputs: Mapping[str, Output
     enough = len(trained) >= _FEWEST_FOR_A_TEMPERATURE
     regions = {}
     for name, own in outputs.items():
-        others = {n: o for n, o in trained.items() if n != name}
+        temperature = across(trained, without=name) if enough else None
         seen = np.isin(own["labels"], task.table.labels[~task.table.in_regions([name])])
         regions[name] = {
-            **class_scores(own, across(others) if enough else None, seen),
+            **class_scores(own, temperature, seen),
             **(beside_forest(plan, task, name, seen) if plan.baselines else {}),
         }
     calibration = {"temperature": round(across(trained), 4)} if enough else {}
     return Report(calibration=calibration, regions=regions)
 
 
-def class_scores(own: Outputs, temperature: float | None, seen: Bools) -> dict[str, Any]:
+def class_scores(
+    own: Outputs, temperature: float | None, seen: Bools | None = None
+) -> dict[str, Any]:
     """Scores of a classifier on a region that it was not trained on, for a card.
 
     Args:
         own: logits (N, K), labels (N), places (N) and the `temperature` of the training regions.
         temperature: fitted on other regions left out; None takes that of the training regions.
         seen: True for pixels of classes that the training regions have (N). Only these are scored,
-            and `unseen_classes` is the share of the others.
+            and `unseen_classes` is the share of the others. None if all are.
     """
-    logits, labels, places = (own[name][seen] for name in ("logits", "labels", "places"))
+    rows = slice(None) if seen is None else seen
+    logits, labels, places = (own[name][rows] for name in ("logits", "labels", "places"))
     beside = probabilities(logits, float(own["temperature"]))
     shares = beside if temperature is None else probabilities(logits, temperature)
     return {
         "n": len(labels),
         "places": len(np.unique(places)),
-        "unseen_classes": round(1.0 - float(seen.mean()), 4),
+        "unseen_classes": round(1.0 - len(labels) / len(own["labels"]), 4),
         "accuracy": _interval(_accuracy, shares, labels, places),
         "macro_f1": round(macro_f1(shares.argmax(1), labels, logits.shape[1]), 4),
         "confidence": round(float(shares.max(axis=1).mean()), 4),
@@ -587,18 +590,22 @@ def class_scores(own: Outputs, temperature: float | None, seen: Bools) -> dict[s
     }
 
 
-def across(outputs: Mapping[str, Outputs]) -> float:
-    """The temperature of least cross entropy, all regions with the same weight."""
-    logits = np.concatenate([o["logits"] for o in outputs.values()])
-    labels = np.concatenate([o["labels"] for o in outputs.values()])
-    weights = np.concatenate(
-        [np.full(len(o["labels"]), 1 / len(o["labels"])) for o in outputs.values()]
-    )
+def across(outputs: Mapping[str, Outputs], *, without: str | None = None) -> float:
+    """The temperature of least cross entropy, all regions with the same weight.
+
+    Args:
+        outputs: logits (N, K) and labels (N) by region.
+        without: a region that does not count.
+    """
+    counted = [o for name, o in outputs.items() if name != without]
+    logits = np.concatenate([o["logits"] for o in counted])
+    labels = np.concatenate([o["labels"] for o in counted])
+    weights = np.concatenate([np.full(len(o["labels"]), 1 / len(o["labels"])) for o in counted])
     return fit_temperature(logits, labels, weights)
 
 
 def beside_forest(
-    plan: Plan, task: PixelClassification, region: str, seen: Bools
+    plan: Plan, task: PixelClassification, region: str, seen: Bools | None = None
 ) -> dict[str, dict[str, float]]:
     """Scores of a random forest that was trained on all other regions, for a card.
 
@@ -606,11 +613,12 @@ def beside_forest(
         plan: the evaluation; its folder keeps the forest's probabilities.
         task: the task with the data.
         region: the region scored.
-        seen: True for the pixels that are scored (N).
+        seen: True for the pixels that are scored (N); None scores all.
     """
     path = plan.folder / f"forest-{region}.npz"
     stored = _stored(path, partial(_forest, plan.run, task, region))
-    shares, labels = stored["shares"][seen], stored["labels"][seen]
+    rows = slice(None) if seen is None else seen
+    shares, labels = stored["shares"][rows], stored["labels"][rows]
     error = expected_calibration_error(shares, labels)
     scores = {"accuracy": _accuracy(shares, labels), "calibration_error": error}
     return {"random_forest": {name: round(value, 4) for name, value in scores.items()}}
@@ -730,8 +738,7 @@ def _areas(
     everything = {_EUROSAT: validation, **outputs}
     regions = {}
     for name, own in everything.items():
-        others = {n: o for n, o in everything.items() if n != name}
-        regions[name] = _area_scores(own, across(others))
+        regions[name] = _area_scores(own, across(everything, without=name))
         if before := _before(plan, name):
             regions[name]["before"] = _area_scores(before, float(before["temperature"]))
     return Report(calibration={"temperature": round(across(everything), 4)}, regions=regions)
@@ -781,7 +788,7 @@ def _area_scores(own: Outputs, temperature: float) -> dict[str, Any]:
     return scores
 
 
-def _area_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _area_lines(report: Report) -> Iterator[str]:
     yield (
         "Each area of level 2A was left out of training completely, and is scored with the "
         "temperature fitted on the others and on EuroSAT's validation patches, all with the same "
@@ -796,7 +803,7 @@ def _area_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         "before: accuracy | confidence | calibration error |"
     )
     yield "|---" * 10 + "|"
-    for name, r in regions.items():
+    for name, r in report.regions.items():
         before = r.get("before", {})
         seasons = r.get("accuracy_by_season", {}).items()
         cells = (
@@ -965,7 +972,7 @@ def _coverage(quantiles: Floats, target: Floats, known: NDArray[np.bool_]) -> fl
     return round(float(inside[known].mean()), 4)
 
 
-def _forecast_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _forecast_lines(report: Report) -> Iterator[str]:
     yield (
         "Each region was left out of training completely, and its 80 % interval is calibrated on "
         "the other regions left out. Forecasts start on the first day of every month that the "
@@ -975,7 +982,7 @@ def _forecast_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         "same targets. `pune` is never trained on. One seed."
     )
     yield ""
-    yield from _forecast_table(regions)
+    yield from _forecast_table(report.regions)
 
 
 def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -1055,13 +1062,13 @@ _KINDS: Mapping[str, _Kind] = {
         labelled=True,
         outputs=_area_logits,
         report=_areas,
-        lines=lambda report: _area_lines(report.regions),
+        lines=_area_lines,
     ),
     "forecast": _Kind(
         never_trained_on=_series_sets,
         labelled=False,
         outputs=_forecasts_from_every_month,
         report=_forecasts,
-        lines=lambda report: _forecast_lines(report.regions),
+        lines=_forecast_lines,
     ),
 }

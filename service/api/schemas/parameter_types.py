@@ -242,9 +242,9 @@ _Address = Annotated[str, Field(min_length=1, max_length=2048)]
 class SubscriberBody(StrictModel):
     """URLs that a job calls, with the names of OGC API - Processes."""
 
-    successUri: Annotated[_Address, Field(description="called when the job has a result")]  # noqa: N815 - the standard's names
-    failedUri: Annotated[_Address | None, Field(description="called when the job failed")] = None  # noqa: N815 - as above
-    inProgressUri: Annotated[  # noqa: N815 - as above
+    successUri: Annotated[_Address, Field(description="called when the job has a result")]  # noqa: N815 - the standard's name
+    failedUri: Annotated[_Address | None, Field(description="called when the job failed")] = None  # noqa: N815 - the standard's name
+    inProgressUri: Annotated[  # noqa: N815 - the standard's name
         _Address | None,
         Field(description="called when the job begins, and after each further 10 per cent"),
     ] = None

@@ -219,8 +219,8 @@ class ProcessSummary(BaseModel):
     title: str
     description: str
     keywords: list[str]
-    jobControlOptions: list[Literal["sync-execute", "async-execute", "dismiss"]]  # noqa: N815 - OGC's name
-    outputTransmission: list[Literal["value", "reference"]]  # noqa: N815 - OGC's name
+    jobControlOptions: list[Literal["sync-execute", "async-execute", "dismiss"]]  # noqa: N815 - the standard's name
+    outputTransmission: list[Literal["value", "reference"]]  # noqa: N815 - the standard's name
     links: list[Link]
 
 
