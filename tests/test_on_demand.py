@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,15 @@ def api(web: RangeServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 class Paths:
     """The files of a request, each time by URLs of its own, so that no range is in a cache."""
 
+    _numbers = count()  # across tests, since they share the service and its cache
+
     def __init__(self, web: RangeServer, names: list[str]) -> None:
         self.web, self.names = web, names
         self.here = [str(web.folder / name) for name in names]
-        self._times = 0
 
     def there(self) -> list[str]:
-        self._times += 1
-        return [f"{self.web.url}/{name}?{id(self)}-{self._times}" for name in self.names]
+        number = next(self._numbers)
+        return [f"{self.web.url}/{name}?{number}" for name in self.names]
 
     def read(self) -> list[int]:
         """Bytes that were sent of each file, since the last call."""
