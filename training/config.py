@@ -451,14 +451,16 @@ def changed(config: ConfigT, settings: Sequence[str]) -> ConfigT:
     for setting in settings:
         name, _, text = setting.partition("=")
         *outer, last = name.split(".")
-        place = values
+        place, groups = values, list[str]()
         for key in outer:
-            inner = place.get(key)
-            place = inner if isinstance(inner, dict) else {}
-        if last not in place:
+            if not isinstance(place.get(key), dict):
+                break
+            place = place[key]
+            groups.append(key)
+        if groups != outer or last not in place:
             raise UnknownSetting(
                 f"--set {setting}: the configuration has no setting '{name}'; allowed: "
-                f"{', '.join('.'.join((*outer, key)) for key in place) or 'none'}"
+                f"{', '.join('.'.join((*groups, key)) for key in place)}"
             )
         try:
             place[last] = json.loads(text)
