@@ -22,10 +22,10 @@ from models.encoders import (
     standardised,
     standardised_roots,
 )
+from models.forecast_calibration import EARLIER_PREFIXES, ForecastCalibration, anchors_of
 from models.formulas import SMALLEST_DENOMINATOR, YEAR
 from models.heads import ClassificationHead, ForecastHead
 from models.indices import SpectralIndices
-from models.interval import EARLIER_PREFIX, ForecastInterval
 from models.timegrid import TimeGrid
 
 _BLUE = "B02"
@@ -94,8 +94,8 @@ class PixelGraph(nn.Module):
         self.head = head
         self.others = nn.ModuleList(nn.ModuleList(pair) for pair in others)
         self.register_load_state_dict_pre_hook(_renamed)  # type: ignore[no-untyped-call]  # torch's own
-        self.interval = (
-            ForecastInterval(encoder.embedding) if isinstance(head, ForecastHead) else None
+        self.calibration = (
+            ForecastCalibration(encoder.embedding) if isinstance(head, ForecastHead) else None
         )
 
     sums: Tensor
@@ -151,11 +151,11 @@ class PixelGraph(nn.Module):
     ) -> Tensor:
         """Mean output of the networks: logits (N, K), quantiles (N, H, S, Q), embeddings (N, D).
 
-        Quantiles with the calibrated prediction interval.
+        Quantiles are calibrated.
         """
-        outputs, embedding = self._networks(values, valid, days, day_of_year)
-        if self.interval is not None:
-            calibrated: Tensor = self.interval(torch.stack(outputs), embedding)
+        outputs, embedding, anchors = self._networks(values, valid, days, day_of_year)
+        if self.calibration is not None:
+            calibrated: Tensor = self.calibration(torch.stack(outputs), embedding, anchors)
             return calibrated
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
 
@@ -167,19 +167,20 @@ class PixelGraph(nn.Module):
 
     def evidence(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Inputs of the calibration of a forecast's prediction interval, before that calibration.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a forecast's calibration takes.
 
         Returns:
-            Quantiles of each network (R, N, H, S, Q) and the first network's embeddings (N, D).
+            Quantiles of each network (R, N, H, S, Q), the first network's embeddings (N, D), and
+            `models.forecast_calibration.anchors_of` the series (N, A, S).
         """
-        outputs, embedding = self._networks(values, valid, days, day_of_year)
-        return torch.stack(outputs), embedding
+        outputs, embedding, anchors = self._networks(values, valid, days, day_of_year)
+        return torch.stack(outputs), embedding, anchors
 
     def _networks(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Output of each network, and the first one's embeddings (N, D)."""
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Output of each network, the first one's embeddings (N, D), and anchors (N, A, S)."""
         series, observed, reflectance = self.regular(values, valid, days)
         season = None if day_of_year is None else self._season(day_of_year)
         networks = ((self.encoder, self.head), *self.others)
@@ -196,7 +197,7 @@ class PixelGraph(nn.Module):
                 outputs.append(torch.cat([embeddings, *_flat(series, reflectance)], dim=1))
             else:
                 outputs.append(embeddings)
-        return outputs, embedded[0]
+        return outputs, embedded[0], anchors_of(series, observed)
 
     def forward(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
@@ -222,9 +223,9 @@ class PixelGraph(nn.Module):
 
 def _renamed(_: PixelGraph, state: dict[str, Tensor], prefix: str, *_more: object) -> None:
     """Give weights of earlier versions their present names."""
-    before = prefix + EARLIER_PREFIX
-    for name in [name for name in state if name.startswith(before)]:
-        state[f"{prefix}interval.{name.removeprefix(before)}"] = state.pop(name)
+    for before in (prefix + earlier for earlier in EARLIER_PREFIXES):
+        for name in [name for name in state if name.startswith(before)]:
+            state[f"{prefix}calibration.{name.removeprefix(before)}"] = state.pop(name)
 
 
 def _flat(series: Tensor, reflectance: Tensor | None) -> list[Tensor]:

@@ -156,14 +156,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[PixelGraph, Path]:
 
 
 def calibrated_forecast(width: int = 16) -> PixelGraph:
-    """Two networks, and a band that depends on the pixel."""
+    """Two networks, and a calibration that depends on the pixel."""
     graph = pixel_graph(members=2, task="forecast", bands=3, depths=(0, 1, 2), width=width)
-    assert graph.interval is not None
-    graph.interval.weight.copy_(torch.linspace(-1, 1, 32))
-    graph.interval.far.fill_(1.5)
-    graph.interval.power.fill_(0.5)
-    nn.init.normal_(graph.interval.projection, std=0.3)
-    nn.init.normal_(graph.interval.references)
+    assert graph.calibration is not None
+    graph.calibration.weight.copy_(torch.linspace(-1, 1, 32))
+    graph.calibration.damping.fill_(0.3)
+    graph.calibration.far.fill_(1.5)
+    graph.calibration.power.fill_(0.5)
+    nn.init.normal_(graph.calibration.projection, std=0.3)
+    nn.init.normal_(graph.calibration.references)
     return graph
 
 
@@ -206,9 +207,9 @@ class TestFiles:
     def test_forecasts(self, forecast: tuple[PixelGraph, Path], crops: dict[str, Any]) -> None:
         graph, path = forecast
         check_parity(graph, path, crops)
-        for name in ("far", "power"):  # what the band adds is in the file
+        for name in ("damping", "far", "power"):  # what the calibration adds is in the file
             other = copy.deepcopy(graph)
-            getattr(other.interval, name).fill_(0.8)
+            getattr(other.calibration, name).fill_(0.8)
             with pytest.raises(ParityError):
                 check_parity(other, path, crops)
 

@@ -62,7 +62,7 @@ def load_folded(graph: PixelGraph, file: Path) -> PixelGraph:
 
 def _calibrates(name: str) -> bool:
     """Whether a weight is of the calibration, which is not read: a new one takes its place."""
-    return name.startswith(("interval.", "grid.")) or name.endswith((".spread", ".temperature"))
+    return name.startswith(("calibration.", "grid.")) or name.endswith((".spread", ".temperature"))
 
 
 def _networks(graph: Graph) -> list[tuple[nn.Module, nn.Module]]:

@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.encoders import EfficientNetLite0
-from models.interval import EARLIER_PREFIX
+from models.forecast_calibration import EARLIER_PREFIXES
 from training.classification import PixelClassification
 from training.config import Optimisation, Run, starts_from_imagenet
 from training.errors import TrainingError
@@ -541,7 +541,7 @@ def _same_shapes(origin: Path | str, stored: Mapping[str, Any], own: Mapping[str
 
 def _added_later(name: str) -> bool:
     """Whether a weight is of a forecast's calibration, which earlier versions did not store."""
-    return name.endswith(".spread") or name.startswith(("interval.", EARLIER_PREFIX))
+    return name.endswith(".spread") or name.startswith(("calibration.", *EARLIER_PREFIXES))
 
 
 def _size(shape: tuple[int, ...] | None) -> str:

@@ -14,10 +14,10 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.forecast_calibration import relative_disagreement
 from models.graph import PixelGraph
 from models.heads import ForecastHead
 from models.indices import SpectralIndices
-from models.interval import relative_disagreement
 from training.config import BANDS, INDICES, ForecastConfig
 from training.datasets import PixelSet, Scene
 from training.datasets.points import (
@@ -232,11 +232,11 @@ class PixelForecast:
         return series_outputs(graph, table.values, valid, days, day_of_year)
 
     def evidence(self, graph: PixelGraph, table: SeriesTable, positions: Ints) -> Outputs:
-        """Forecasts as `quantiles` returns them, with what a prediction interval is calibrated on.
+        """Forecasts before their calibration, with what they are calibrated on.
 
         Returns:
-            `quantiles` (N, H, S, Q) before the calibration, `disagreement` (N) of the networks and
-            `embedding` (N, D) of the first one.
+            `quantiles` (N, H, S, Q), `disagreement` (N) of the networks, `embedding` (N, D) of the
+            first one, and `anchors` (N, A, S): see `anchors_of`.
         """
         window = self.config.window
         valid, days, day_of_year, _, _ = cut(
@@ -250,11 +250,12 @@ class PixelForecast:
                     *usable_first(table.values[rows], valid[rows], days[rows]),
                     day_of_year[rows],
                 )
-                outputs, embedding = graph.evidence(*(torch.from_numpy(a) for a in arrays))
-                disagreement = relative_disagreement(outputs)
-                parts.append([t.numpy() for t in (outputs.mean(dim=0), disagreement, embedding)])
+                outputs, embedding, anchors = graph.evidence(*(torch.from_numpy(a) for a in arrays))
+                found = (outputs.mean(dim=0), relative_disagreement(outputs), embedding, anchors)
+                parts.append([t.numpy() for t in found])
         joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
-        return dict(zip(("quantiles", "disagreement", "embedding"), joined, strict=True))
+        names = ("quantiles", "disagreement", "embedding", "anchors")
+        return dict(zip(names, joined, strict=True))
 
     def predicted(self) -> Bools:
         """True for the validation pixels of `predict`: with dates before and after the cut (N)."""

@@ -37,9 +37,9 @@ class NotCalibrated(TrainingError):
 def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None = None) -> Path:
     """Write the calibration fitted across regions into every file of a bundle.
 
-    A temperature does not reorder probabilities, and a calibrated prediction interval keeps its
-    median, so the predicted classes and medians stay the same. A classifier's files are changed in
-    place; a forecaster is exported again, which computes the features of the interval. Of regions
+    A temperature does not reorder probabilities, so the predicted classes stay the same. Medians of
+    forecasts change where a pixel is unlike the training data. A classifier's files are changed in
+    place; a forecaster is exported again, with the calibration in its graph. Of regions
     without a calibration (embeddings, and classes that few regions share) the card takes the
     scores, and the files stay as they are.
 

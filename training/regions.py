@@ -42,15 +42,15 @@ from training.datasets.points import bavaria_2018, pune_2019
 from training.errors import TrainingError
 from training.evaluate import regular_series
 from training.finetune import finetune, is_finished, load_finished, task_of
-from training.forecasting import SCORED_CUT, SCORED_SOURCE, PixelForecast, cut
-from training.interval import (
+from training.forecast_calibration import (
+    Calibration,
     Forecasts,
-    Interval,
     Nearness,
-    apply_interval,
-    fit_interval,
+    fit_calibration,
     fit_nearness,
+    write_calibration,
 )
+from training.forecasting import SCORED_CUT, SCORED_SOURCE, PixelForecast, cut
 from training.landcover import PatchClassification
 from training.legends import WORLDCOVER, brazil_sets, relabelled
 from training.score_tables import write_section
@@ -67,12 +67,12 @@ _NEARNESS = "nearness.npz"
 WHOLE = "all-regions"
 """Folder of the run that leaves no region out; it scores regions that are never trained on."""
 INTERVAL = (
-    "The coverage in `evaluation` is that of the networks' own interval, which was "
-    "calibrated afterwards: `regions` has its coverage where the networks were not trained, "
-    "`training.calibration.validation_places` that on the validation places, before "
-    "(`coverage_beside`) and after."
+    "RMSE and coverage in `evaluation` are those of the networks' own forecasts, which were "
+    "calibrated afterwards: `regions` has the scores where the networks were not trained, "
+    "`training.calibration.validation_places` those on the validation places, before "
+    "(`rmse_beside`, `coverage_beside`) and after."
 )
-"""What a card says about the prediction interval of a forecast."""
+"""What a card says about the calibration of a forecast."""
 _OUTPUTS_FILE = "left_out.npz"
 _EUROSAT = "eurosat"
 _AREA_COLUMNS = ("accuracy", "confidence", "calibration_error")
@@ -86,12 +86,12 @@ _YEAR = 365
 # Fewest regions of classes across which a temperature is fitted: with two, each would be calibrated
 # on a single other one.
 _FEWEST_FOR_A_TEMPERATURE = 3
-# Fewest regions on which a prediction interval is fitted: one is left out in turn.
+# Fewest regions on which forecasts are calibrated: one is left out in turn.
 _FEWEST_REGIONS = 2
 _Forecasting = Callable[[PixelForecast, PixelGraph, SeriesTable], Outputs]
 _BESIDE = (
-    "n", "rmse", "persistence", "rmse_where_last_year", "last_year", "coverage", "coverage_beside",
-    "coverage_by_step", "by_month",
+    "n", "rmse", "rmse_beside", "persistence", "rmse_where_last_year", "last_year", "coverage",
+    "coverage_beside", "coverage_by_step", "by_month",
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ class Report:
     regions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Scores by region, for a card."""
     nearness: Nearness | None = field(default=None, compare=False)
-    """References of a forecast's prediction interval, too large for a card; None without one."""
+    """References of a forecast's calibration, too large for a card; None without one."""
 
 
 def evaluate_regions(plan: Plan) -> Report:
@@ -173,7 +173,7 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
     """Score a forecast bundle where it was not trained, write the section and `regions.json`.
 
     Its regions are those of the data sets that its card does not name. Each is scored under the
-    interval fitted on the others; the interval of the bundle is fitted on all. No run is trained,
+    calibration fitted on the others; that of the bundle is fitted on all. No run is trained,
     so this also calibrates weights whose runs are gone.
 
     Args:
@@ -196,15 +196,15 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
     if len(new) < _FEWEST_REGIONS:
         raise NoRegions(
             f"{found.card.id} was trained on all regions but {len(new)}, and at least "
-            f"{_FEWEST_REGIONS} other regions are required to fit and score its prediction "
-            "interval: give further data sets"
+            f"{_FEWEST_REGIONS} other regions are required to fit and score its calibration: "
+            "give further data sets"
         )
     networks = _Forecaster(task=task, graph=graph, folder=plan.folder)
     nearness = networks.nearness([task.table.regions[i] for i in sorted(seen)])
     far = {name: _uncalibrated(networks.monthly(name), nearness) for name in new}
     outputs = {**{n: networks.monthly(n) for n in new}, **networks.never_trained_on(plan.run)}
     others = [networks.monthly(name)["embedding"] for name in networks.others(new)]
-    report = _interval_report(outputs, far, networks.near(), others, nearness)
+    report = _calibrated_report(outputs, far, networks.near(), others, nearness)
     write_report(plan, plan.run.config.name, report, _forecast_lines(report))
     return report
 
@@ -213,9 +213,9 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     """Calibrate forecasts that were trained on all regions; write section and `regions.json`.
 
     Their errors where they were not trained are taken from a run of the same configuration that
-    left several regions out. Each of these is scored by that run, under the interval fitted on the
-    other ones. The interval's factors are fitted on all of them, its classifier on the embeddings
-    of the networks that the interval is for.
+    left several regions out. Each of these is scored by that run, under the calibration fitted on
+    the other ones. Damping and factors are fitted on all of them, the classifier on the embeddings
+    of the networks that the calibration is for.
 
     Args:
         trained: folder of the finished run to calibrate. If it was trained on the validation
@@ -231,7 +231,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     if len(away_run.left_out) < _FEWEST_REGIONS:
         raise NoRegions(
             f"{without} leaves out {len(away_run.left_out)} regions, and at least "
-            f"{_FEWEST_REGIONS} are required to fit and score a prediction interval: train that "
+            f"{_FEWEST_REGIONS} are required to fit and score a calibration: train that "
             "run again with more --left-out"
         )
     before = ours
@@ -242,7 +242,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     others = [away.monthly(name)["embedding"] for name in away.others(names)]
     distant = away.nearness(away.trained_on())
     far = {name: _uncalibrated(own, distant) for name, own in there.items()}
-    scored = _interval_report(there, far, away.near(), others, distant).regions
+    scored = _calibrated_report(there, far, away.near(), others, distant).regions
     regions = {name: dict(scores) for name, scores in scored.items()}
     beside_own = before.nearness(before.trained_on())
     # Networks that were trained on the validation places cannot state how far such places lie.
@@ -250,7 +250,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     if ours is not before:
         nearness = ours.nearness(ours.trained_on(), unit=beside_own.unit)
     near = [_uncalibrated(o, beside_own) for o in before.near()]
-    interval = fit_interval(
+    fitted = fit_calibration(
         near,
         list(far.values()),
         embeddings=(
@@ -260,21 +260,21 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
         narrower=_narrower(away, before, names),
     )
     for name, own in ours.never_trained_on(plan.run).items():
-        regions[name] = forecast_region(own, interval.scaled(_uncalibrated(own, nearness)))
+        regions[name] = forecast_region(own, fitted.calibrated(_uncalibrated(own, nearness)))
     for name in names:
         # Places that these networks did not see, in regions that they did; Victoria has none.
         held_out = before.held_out(name)
         if held_out is None:
             continue
-        beside = forecast_region(held_out, interval.scaled(_uncalibrated(held_out, beside_own)))
+        beside = forecast_region(held_out, fitted.calibrated(_uncalibrated(held_out, beside_own)))
         regions[name] |= {"beside_training_places": {key: beside[key] for key in _BESIDE}}
     calibration = {
-        **_calibration(interval, before.near(), beside_own),
+        **_calibration(fitted, before.near(), beside_own),
         "note": (
             f"{INTERVAL} {', '.join(names)}: `regions` has the scores of a run of the same "
-            "configuration that left all of them out, each under the interval fitted on the other "
-            "ones; `beside_training_places` has those of the networks trained on other places of "
-            "them."
+            "configuration that left all of them out, each under the calibration fitted on the "
+            "other ones; `beside_training_places` has those of the networks trained on other "
+            "places of them."
         ),
     }
     report = Report(calibration=calibration, regions=regions, nearness=nearness)
@@ -367,32 +367,32 @@ def _forecaster(run: Path, folder: Path) -> tuple[Run, _Forecaster]:
     return settings, _Forecaster(task=task, graph=graph, folder=folder)
 
 
-def _interval_report(
+def _calibrated_report(
     outputs: Mapping[str, Outputs],
     far: Mapping[str, Forecasts],
     near: Sequence[Outputs],
     others: Sequence[Floats],
     nearness: Nearness,
 ) -> Report:
-    """Scores of each region under the interval of the other ones, and the interval of all.
+    """Scores of each region under the calibration by the other ones, and the calibration by all.
 
     Args:
         outputs: forecasts on each region.
-        far: those of them that an interval may be fitted on.
+        far: those of them that a calibration may be fitted on.
         near: forecasts on the validation places.
         others: embeddings of further series.
         nearness: of the networks.
     """
     places = [_uncalibrated(o, nearness) for o in near]
 
-    def fitted(names: Sequence[str]) -> Interval:
-        return fit_interval(places, [far[n] for n in names], others)
+    def fit(names: Sequence[str]) -> Calibration:
+        return fit_calibration(places, [far[n] for n in names], others)
 
     regions = {}
     for name, own in outputs.items():
-        interval = fitted([n for n in far if n != name])
-        regions[name] = forecast_region(own, interval.scaled(_uncalibrated(own, nearness)))
-    calibration = _calibration(fitted(list(far)), near, nearness)
+        fitted = fit([n for n in far if n != name])
+        regions[name] = forecast_region(own, fitted.calibrated(_uncalibrated(own, nearness)))
+    calibration = _calibration(fit(list(far)), near, nearness)
     return Report(calibration=calibration, regions=regions, nearness=nearness)
 
 
@@ -415,12 +415,14 @@ def _half_width(own: Outputs) -> float:
     return float(np.ptp(own["quantiles"], axis=-1)[own["known"]].mean() / 2.0)
 
 
-def _calibration(interval: Interval, near: Sequence[Outputs], nearness: Nearness) -> dict[str, Any]:
-    """A prediction interval, and its scores on forecasts of the validation places."""
-    keys = ("n", "rmse", "coverage", "coverage_beside", "coverage_by_step")
-    validation = [forecast_region(o, interval.scaled(_uncalibrated(o, nearness))) for o in near]
+def _calibration(
+    fitted: Calibration, near: Sequence[Outputs], nearness: Nearness
+) -> dict[str, Any]:
+    """A calibration, and its scores on forecasts of the validation places."""
+    keys = ("n", "rmse", "rmse_beside", "coverage", "coverage_beside", "coverage_by_step")
+    validation = [forecast_region(o, fitted.calibrated(_uncalibrated(o, nearness))) for o in near]
     return {
-        "band": interval.document(),
+        "band": fitted.document(),
         "validation_places": [{key: scores[key] for key in keys} for scores in validation],
     }
 
@@ -434,8 +436,12 @@ def _uncalibrated(own: Outputs, nearness: Nearness) -> Forecasts:
 def apply_calibration(graph: Graph, report: Report) -> None:
     """Write a calibration across regions into a graph, in place."""
     calibration = report.calibration
-    if report.nearness is not None and isinstance(graph, PixelGraph) and graph.interval is not None:
-        apply_interval(graph.interval, calibration["band"], report.nearness)
+    if (
+        report.nearness is not None
+        and isinstance(graph, PixelGraph)
+        and graph.calibration is not None
+    ):
+        write_calibration(graph.calibration, calibration["band"], report.nearness)
     for head in graph.modules():
         if isinstance(head, ClassificationHead):
             head.temperature.fill_(calibration["temperature"])
@@ -939,6 +945,7 @@ def forecast_region(own: Outputs, quantiles: Floats) -> dict[str, Any]:
         "n": int(known.sum() // target.shape[-1]),
         "places": len(np.unique(own["places"])),
         "rmse": _rmse(median, target, known),
+        "rmse_beside": _rmse(raw[..., 1], target, known),
         "persistence": _rmse(persistence, target, known),
         "rmse_where_last_year": _rmse(median, target, both),
         "last_year": _rmse(last_year, target, both),
@@ -972,14 +979,19 @@ def _coverage(quantiles: Floats, target: Floats, known: NDArray[np.bool_]) -> fl
     return round(float(inside[known].mean()), 4)
 
 
+_HOW_SCORED = (
+    "Forecasts start on the first day of every month that the series allow; targets are the "
+    "clear observations as they are. RMSE is the mean of the RMSE of NDVI, EVI and SAVI. Last "
+    "year is the clear date nearest to the day one year before, within ten days, if there is "
+    "one; `where last year is known` is our RMSE on the same targets. `not calibrated` has RMSE "
+    "and coverage of the networks' own forecasts."
+)
+
+
 def _forecast_lines(report: Report) -> Iterator[str]:
     yield (
-        "Each region was left out of training completely, and its 80 % interval is calibrated on "
-        "the other regions left out. Forecasts start on the first day of every month that the "
-        "series allow; targets are the clear observations as they are. RMSE is the mean of the "
-        "RMSE of NDVI, EVI and SAVI. Last year is the clear date nearest to the day one year "
-        "before, within ten days, if there is one; `where last year is known` is our RMSE on the "
-        "same targets. `pune` is never trained on. One seed."
+        "Each region was left out of training completely, and its forecasts are calibrated on the "
+        f"other regions left out. {_HOW_SCORED} `pune` is never trained on. One seed."
     )
     yield ""
     yield from _forecast_table(report.regions)
@@ -988,19 +1000,15 @@ def _forecast_lines(report: Report) -> Iterator[str]:
 def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield (
         f"{', '.join(names)}: scored by a run of the same configuration that left all of them out "
-        "of training, each under the interval fitted on the other ones. The other rows are of the "
-        "bundle's networks and its interval. Forecasts start on the first day of every month that "
-        "the series allow; targets are the clear observations as they are. RMSE is the mean of the "
-        "RMSE of NDVI, EVI and SAVI. Last year is the clear date nearest to the day one year "
-        "before, within ten days, if there is one; `where last year is known` is our RMSE on the "
-        "same targets. One seed."
+        "of training, each under the calibration fitted on the other ones. The other rows are of "
+        f"the bundle's networks and its calibration. {_HOW_SCORED} One seed."
     )
     yield ""
     yield from _forecast_table(regions)
     yield ""
     yield (
         "The same regions by networks that were trained on other places of them, with the "
-        "bundle's interval:"
+        "bundle's calibration:"
     )
     yield ""
     beside = "beside_training_places"
@@ -1009,10 +1017,10 @@ def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) 
 
 def _forecast_table(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield (
-        "| region | n | RMSE | persistence | where last year is known | last year | coverage | "
-        "by step | by month | not calibrated |"
+        "| region | n | RMSE | not calibrated | persistence | where last year is known | "
+        "last year | coverage | by step | by month | not calibrated |"
     )
-    yield "|---" * 10 + "|"
+    yield "|---" * 11 + "|"
     for name, r in regions.items():
         months = [m["coverage"] for m in r["by_month"].values() if m["coverage"] is not None]
         steps = [c for c in r["coverage_by_step"] if c is not None]
@@ -1020,6 +1028,7 @@ def _forecast_table(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             name,
             r["n"],
             _number(r["rmse"]),
+            _number(r["rmse_beside"]),
             _number(r["persistence"]),
             _number(r["rmse_where_last_year"]),
             _number(r["last_year"]),

@@ -1,8 +1,9 @@
-"""The prediction interval of a forecast by how far a pixel lies from the training data."""
+"""Forecasts calibrated by how much a pixel is like the training data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -11,21 +12,21 @@ import pytest
 import torch
 
 from models.encoders import PixelEncoder
+from models.forecast_calibration import ForecastCalibration, relative_disagreement
 from models.graph import PixelGraph
 from models.heads import ForecastHead
-from models.interval import ForecastInterval, relative_disagreement
 from training.config import BANDS, INDICES, ZOO, Run, changed
 from training.datasets import PixelSet
 from training.finetune import finetune, load_encoder, load_finished
-from training.forecasting import SCORED_SOURCE
-from training.interval import (
+from training.forecast_calibration import (
+    Calibration,
     Forecasts,
-    Interval,
     Nearness,
-    apply_interval,
-    fit_interval,
+    fit_calibration,
     fit_nearness,
+    write_calibration,
 )
+from training.forecasting import SCORED_SOURCE
 from training.networks import pixel_graph
 from training.regions import (
     NoRegions,
@@ -47,12 +48,12 @@ def outputs_of(rng: np.random.Generator) -> np.ndarray:
     return np.stack([medians - below, medians, medians + above], axis=-1)
 
 
-class TestBand:
+class TestCalibration:
     def test_it_changes_nothing_until_it_is_calibrated(self) -> None:
         rng = np.random.default_rng(0)
         outputs = torch.from_numpy(outputs_of(rng))
-        interval = ForecastInterval(D)
-        after = interval(outputs, torch.from_numpy(rng.normal(size=(N, D))))
+        embedding, anchors = rng.normal(size=(N, D)), rng.uniform(0.2, 0.8, (N, 2, S))
+        after = ForecastCalibration(D)(outputs, *map(torch.from_numpy, (embedding, anchors)))
         torch.testing.assert_close(after, outputs.mean(dim=0))
 
     def test_the_graph_computes_what_the_calibration_computes(self) -> None:
@@ -68,22 +69,29 @@ class TestBand:
             quantiles=mean,
             disagreement=apart / half,
             embedding=embedding,
+            anchors=rng.uniform(0.2, 0.8, (N, 2, S)),
             distance=nearness.of(embedding),
             target=mean[..., 1],
             known=np.ones((N, H, S), bool),
         )
-        calibrated = Interval(
+        fitted = Calibration(
             weight=rng.normal(size=D).round(3),
             bias=0.25,
             near=0.9,
             far=1.4,
+            damping=np.array([0.3, 0.1]),
         )
-        interval = ForecastInterval(D)
-        apply_interval(interval, calibrated.document(), nearness)
-        after = interval(torch.from_numpy(outputs), torch.from_numpy(embedding)).numpy()
-        np.testing.assert_allclose(after, calibrated.scaled(found), atol=1e-5)
+        calibration = ForecastCalibration(D)
+        write_calibration(calibration, fitted.document(), nearness)
+        after = calibration(*map(torch.from_numpy, (outputs, embedding, found.anchors))).numpy()
+        np.testing.assert_allclose(after, fitted.calibrated(found), atol=1e-5)
         assert len(np.unique(found.distance)) > N // 4
-        np.testing.assert_allclose(after[..., 1], mean[..., 1])
+        # The median moves towards the anchors, and never by more than the damping.
+        full = 0.3 * found.anchors[:, :1] + 0.1 * found.anchors[:, 1:] - 0.4 * mean[..., 1]
+        share = (after[..., 1] - mean[..., 1]) / full
+        assert (share > -1e-3).all()
+        assert (share < 1.0 + 1e-3).all()
+        assert np.ptp(share) > 0.5
         assert (np.diff(after, axis=-1) > 0).all()
 
     def test_one_network_does_not_disagree(self) -> None:
@@ -99,14 +107,15 @@ class TestBand:
             encoder=PixelEncoder(width=8, embedding=D, calendar=True),
             head=ForecastHead(D, steps=36, indices=3, horizon=H, quantiles=3),
         )
-        state = {n: v for n, v in graph.state_dict().items() if not n.startswith("interval.")}
-        assert graph.interval is not None
-        graph.interval.far.fill_(2.0)
+        state = {n: v for n, v in graph.state_dict().items() if not n.startswith("calibration.")}
+        assert graph.calibration is not None
+        graph.calibration.far.fill_(2.0)
         graph.load_state_dict(state)
-        assert (graph.interval.far == 1).all()
-        # The calibration had another name.
-        graph.load_state_dict(state | {"band.far": torch.full((), 3.0)})
-        assert (graph.interval.far == 3).all()
+        assert (graph.calibration.far == 1).all()
+        # The calibration had other names.
+        for number, name in enumerate(("band.far", "interval.far")):
+            graph.load_state_dict(state | {name: torch.full((), 3.0 + number)})
+            assert (graph.calibration.far == 3 + number).all()
 
     def test_a_calibration_of_an_earlier_shape_does_not_cost_networks(self, tmp_path: Path) -> None:
         config = changed(ZOO["forecast-vi"], ["encoder.width=8", "encoder.embedding=16"])
@@ -137,14 +146,15 @@ def forecasts(
         quantiles=np.stack([median - half, median, median + half], axis=-1),
         disagreement=rng.uniform(0.05, 0.1, n) * error / 0.1,
         embedding=rng.normal(size=(n, D)) + domain * np.array([1.0] * 4 + [0.0] * (D - 4)),
+        anchors=rng.uniform(0.2, 0.8, (n, 2, S)),
         distance=np.full(n, distance),
         target=median + rng.normal(0, error, median.shape),
         known=rng.random(median.shape) < 0.8,
     )
 
 
-def coverage(interval: Interval, found: Forecasts) -> float:
-    after = interval.scaled(found)
+def coverage(fitted: Calibration, found: Forecasts) -> float:
+    after = fitted.calibrated(found)
     inside = (found.target >= after[..., 0]) & (found.target <= after[..., 2])
     return float(inside[found.known].mean())
 
@@ -154,42 +164,64 @@ class TestFit:
         rng = np.random.default_rng(0)
         near = [forecasts(rng, -1.5, 0.1)]
         far = [forecasts(rng, 1.5, error) for error in (0.17, 0.2)]
-        interval = fit_interval(near, far)
-        assert coverage(interval, forecasts(rng, -1.5, 0.1)) == pytest.approx(0.815, abs=0.02)
+        fitted = fit_calibration(near, far)
+        assert coverage(fitted, forecasts(rng, -1.5, 0.1)) == pytest.approx(0.815, abs=0.02)
         # Wider than 0.8 by design: a further region differs from those fitted on.
-        assert 0.78 < coverage(interval, forecasts(rng, 1.5, 0.185)) < 0.88
-        assert coverage(interval, forecasts(rng, -1.5, 0.185)) < 0.7
+        assert 0.78 < coverage(fitted, forecasts(rng, 1.5, 0.185)) < 0.88
+        assert coverage(fitted, forecasts(rng, -1.5, 0.185)) < 0.7
 
     def test_networks_that_disagree_widen_the_band(self) -> None:
         rng = np.random.default_rng(1)
-        interval = fit_interval([forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)])
+        fitted = fit_calibration([forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)])
         sure, unsure = forecasts(rng, 1.5, 0.2), forecasts(rng, 1.5, 0.3)
-        widths = [np.ptp(interval.scaled(found), axis=-1).mean() for found in (sure, unsure)]
+        widths = [np.ptp(fitted.calibrated(found), axis=-1).mean() for found in (sure, unsure)]
         assert widths[1] > 1.1 * widths[0]
 
     def test_series_unlike_the_training_series_have_a_wider_interval(self) -> None:
         rng = np.random.default_rng(4)
-        interval = fit_interval(
+        fitted = fit_calibration(
             [forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2, distance=1.6)]
         )
         like, unlike = (forecasts(rng, 1.5, 0.2, distance=d) for d in (1.0, 1.6))
-        widths = [np.ptp(interval.scaled(found), axis=-1).mean() for found in (like, unlike)]
+        widths = [np.ptp(fitted.calibrated(found), axis=-1).mean() for found in (like, unlike)]
         assert widths[1] > 1.2 * widths[0]
-        assert 0.78 < coverage(interval, unlike) < 0.86
+        assert 0.78 < coverage(fitted, unlike) < 0.86
 
     def test_networks_with_a_narrower_band_have_larger_factors_elsewhere(self) -> None:
         rng = np.random.default_rng(5)
         near, far = [forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)]
-        plain, corrected = fit_interval(near, far), fit_interval(near, far, narrower=1.1)
+        plain, corrected = fit_calibration(near, far), fit_calibration(near, far, narrower=1.1)
         assert corrected.far == pytest.approx(1.1 * plain.far)
         assert corrected.near == plain.near
+
+    def test_the_damping_is_the_share_of_the_anchors_in_other_regions(self) -> None:
+        rng = np.random.default_rng(6)
+
+        def region(last: float, mean: float, n: int) -> Forecasts:
+            """Series that are nearer to the anchors than predicted, by shares."""
+            found = forecasts(rng, 1.5, 0.02, n=n, distance=1.8)
+            truth = found.damped(np.array([last, mean])).quantiles[..., 1]
+            return replace(found, target=truth + rng.normal(0, 0.02, truth.shape))
+
+        near, far = [region(0.0, 0.0, 1500)], [region(0.2, 0.1, 400), region(0.4, 0.1, 4000)]
+        fitted = fit_calibration(near, far)
+        np.testing.assert_allclose(fitted.damping, [0.3, 0.1], atol=0.02)
+        away = fit_calibration(near, [region(-0.05, 0.3, 400)])
+        assert away.damping[0] == 0.0
+        assert 0.2 < away.damping[1] < 0.3
+        for part in far:
+            plain_error, error = (
+                np.abs(quantiles[..., 1] - part.target).mean()
+                for quantiles in (part.quantiles, fitted.calibrated(part))
+            )
+            assert error < plain_error
 
     def test_regions_have_the_same_weight_whatever_their_size(self) -> None:
         rng = np.random.default_rng(2)
         near, small = [forecasts(rng, -1.5, 0.1)], forecasts(rng, 1.5, 0.3, n=400)
         large = forecasts(rng, 1.5, 0.15, n=4000)
         thinned = Forecasts(**{name: value[:400] for name, value in vars(large).items()})
-        both, alike = fit_interval(near, [small, large]), fit_interval(near, [small, thinned])
+        both, alike = fit_calibration(near, [small, large]), fit_calibration(near, [small, thinned])
         assert both.far == pytest.approx(alike.far, rel=0.1)
 
 
@@ -280,7 +312,10 @@ class TestRuns:
         there = task.table.take(task.table.in_regions(["flanders"]))
         away = _forecasts_from_every_month(task, graph, there)
         flanders = report.regions["flanders"]
-        assert flanders["rmse"] == forecast_region(away, away["quantiles"])["rmse"]
+        own = forecast_region(away, away["quantiles"])
+        assert flanders["coverage_beside"] == own["coverage"]
+        # Damped towards persistence, as Hesbaye suggests.
+        assert flanders["rmse"] != own["rmse"]
         # One place in four, by networks that were trained on the others.
         beside = flanders["beside_training_places"]
         assert beside["n"] < 0.5 * flanders["n"]
@@ -297,9 +332,10 @@ class TestRuns:
         found = Forecasts(**{name: made[name] for name in names}, distance=distance)
         stored = dict(report.calibration["band"])
         assert (stored.pop("disagreement"), stored.pop("power")) == (6.0, 0.5)
-        interval = Interval(**{**stored, "weight": np.asarray(stored["weight"])})
+        arrays = {name: np.asarray(stored[name]) for name in ("weight", "damping")}
+        fitted = Calibration(**{**stored, **arrays})
         assert report.regions["pune"]["coverage"] == pytest.approx(
-            coverage(interval, found), abs=2e-3
+            coverage(fitted, found), abs=2e-3
         )
         text = (runs / "results.md").read_text()
         assert f"| flanders | {flanders['n']} | {flanders['rmse']:.3f} |" in text
@@ -314,9 +350,9 @@ class TestRuns:
     ) -> None:
         report = evaluate_runs(runs / "last", runs / "without", self.plan(runs))
         before, after = (load_finished(runs / name) for name in ("first", "last"))
-        scored = before[3]["scores"]["rmse_mean"]
-        assert report.calibration["validation_places"][0]["rmse"] == scored
-        assert scored != after[1].scores(after[2])["rmse_mean"]
+        scored = before[3]["scores"]["coverage"]
+        assert report.calibration["validation_places"][0]["coverage_beside"] == scored
+        assert scored != after[1].scores(after[2])["coverage"]
 
     def test_a_run_that_left_one_region_out_is_named(self, runs: Path) -> None:
         with pytest.raises(NoRegions, match="one leaves out 1 regions"):

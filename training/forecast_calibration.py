@@ -1,21 +1,28 @@
-"""Calibration across regions of a forecast's prediction interval: `models.interval`.
+"""Calibration of forecasts across regions: what `models.forecast_calibration` applies.
 
 embeddings of training series -> references -> distances
-forecasts on validation places and in regions not trained on -> classifier, factors -> interval
+forecasts on validation places and in regions not trained on -> classifier, damping, factors
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 
-from models.interval import CLOSEST, DIRECTIONS, FARTHEST, REFERENCES, ForecastInterval
+from models.forecast_calibration import (
+    ANCHORS,
+    CLOSEST,
+    DIRECTIONS,
+    FARTHEST,
+    REFERENCES,
+    ForecastCalibration,
+)
 
 Floats = NDArray[np.floating[Any]]
 # Weight of the disagreement of the networks, power of the distance, and shares of the targets
@@ -100,12 +107,33 @@ class Forecasts:
     """Relative disagreement of the networks (N)."""
     embedding: Floats
     """Embeddings of the first network (N, D)."""
+    anchors: Floats
+    """Last value and mean of the past (N, A, S), index units."""
     distance: Floats
     """Relative distance of each embedding from those of these networks' training series (N)."""
     target: Floats
     """(N, H, S), index units."""
     known: NDArray[np.bool_]
     """True where the target counts (N, H, S)."""
+
+    def towards(self) -> Floats:
+        """Differences of the anchors from the median (N, H, S, A)."""
+        return np.asarray(np.moveaxis(self.anchors, 1, -1)[:, None] - self.quantiles[..., 1:2])
+
+    def unlike(self) -> Floats:
+        """How unlike the training series each pixel is (N), 0 to 1, by its distance."""
+        return np.asarray(1.0 - CLOSEST / self.distance)
+
+    def damped(self, damping: Floats, other: Floats | float = 1.0) -> Forecasts:
+        """These forecasts, moved towards the anchors.
+
+        Args:
+            damping: share of each anchor (A) for a pixel wholly unlike the training series.
+            other: probability of another region, of each pixel (N) or of all.
+        """
+        shares = (other * self.unlike())[:, None, None, None] * damping
+        moved = (self.towards() * shares).sum(axis=-1, keepdims=True)
+        return replace(self, quantiles=self.quantiles + moved)
 
     def widening(self) -> Floats:
         """Factors by disagreement and distance alone (N)."""
@@ -124,8 +152,8 @@ class Forecasts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interval:
-    """The calibration of a `ForecastInterval`, except its nearness."""
+class Calibration:
+    """The calibration of a `ForecastCalibration`, except its nearness."""
 
     weight: Floats
     """Weights of the classifier (D)."""
@@ -134,18 +162,22 @@ class Interval:
     """Factor on the validation places' kind of series."""
     far: float
     """Factor on others."""
+    damping: Floats
+    """Share of each anchor in the median of a pixel wholly unlike the training series (A)."""
 
-    def scaled(self, found: Forecasts) -> Floats:
-        """Calibrated quantiles (N, H, S, 3): a plain reference for `ForecastInterval`."""
+    def calibrated(self, found: Forecasts) -> Floats:
+        """Calibrated quantiles (N, H, S, 3): a plain reference for `ForecastCalibration`."""
         odds = found.embedding @ self.weight + self.bias
         other = 1.0 / (1.0 + np.exp(-odds))
         factor = self.near ** (1.0 - other) * self.far**other * found.widening()
-        median = found.quantiles[..., 1:2]
-        return np.asarray(median + (found.quantiles - median) * factor[:, None, None, None])
+        quantiles = found.damped(self.damping, other).quantiles
+        median = quantiles[..., 1:2]
+        return np.asarray(median + (quantiles - median) * factor[:, None, None, None])
 
     def document(self) -> dict[str, Any]:
         """The calibration as JSON values."""
         return {
+            "damping": self.damping.round(4).tolist(),
             "disagreement": _DISAGREEMENT,
             "power": _POWER,
             "near": round(self.near, 4),
@@ -155,15 +187,15 @@ class Interval:
         }
 
 
-def fit_interval(
+def fit_calibration(
     near: Sequence[Forecasts],
     far: Sequence[Forecasts],
     others: Sequence[Floats] = (),
     *,
     embeddings: tuple[Sequence[Floats], Sequence[Floats]] | None = None,
     narrower: float = 1.0,
-) -> Interval:
-    """Fit classifier and factors; regions have the same weight, whatever their size.
+) -> Calibration:
+    """Fit classifier, damping and factors; regions have the same weight, whatever their size.
 
     Args:
         near: forecasts on the validation places.
@@ -171,9 +203,9 @@ def fit_interval(
         others: embeddings (N, D) of further series unlike those of the validation places, for the
             classifier alone.
         embeddings: of the series of the validation places and of others (each N, D), by the
-            networks that the interval is for; None where the forecasts are theirs.
+            networks that the calibration is for; None where the forecasts are theirs.
         narrower: how much wider the own interval of the networks that `far` is from is than that of
-            the networks that the interval is for.
+            the networks that the calibration is for.
     """
     ours, theirs = embeddings or (
         [f.embedding for f in near],
@@ -188,12 +220,28 @@ def fit_interval(
     classifier = LogisticRegression(C=_INVERSE_PENALTY, max_iter=200)
     classifier.fit((x - mean) / deviation, label, sample_weight=share * len(x) / share.sum())
     weight = classifier.coef_[0] / deviation
-    return Interval(
+    damping = _damping(far)
+    return Calibration(
         weight=weight,
         bias=float(classifier.intercept_[0] - mean @ weight),
         near=_factor(near, _NEAR_SHARE),
-        far=_factor(far, _FAR_SHARE) * narrower,
+        far=_factor([part.damped(damping) for part in far], _FAR_SHARE) * narrower,
+        damping=damping,
     )
+
+
+def _damping(parts: Sequence[Forecasts]) -> Floats:
+    """The damping (A) with the least squared error, not negative; parts have the same weight."""
+    errors = [(part.target - part.quantiles[..., 1])[part.known] for part in parts]
+    if not sum(map(len, errors)):
+        return np.zeros(len(ANCHORS))
+    towards = np.concatenate(
+        [(part.towards() * part.unlike()[:, None, None, None])[part.known] for part in parts]
+    )
+    weights = np.concatenate([np.full(len(e), 1 / max(len(e), 1)) for e in errors])
+    fit = LinearRegression(fit_intercept=False, positive=True)
+    fit.fit(towards, np.concatenate(errors), weights)
+    return np.asarray(fit.coef_, np.float64)
 
 
 def _factor(parts: Sequence[Forecasts], share: float) -> float:
@@ -209,15 +257,15 @@ def _factor(parts: Sequence[Forecasts], share: float) -> float:
     return max(float(joined[order][place]), _LEAST_FACTOR)
 
 
-def apply_interval(
-    interval: ForecastInterval, document: Mapping[str, Any], nearness: Nearness
+def write_calibration(
+    calibration: ForecastCalibration, document: Mapping[str, Any], nearness: Nearness
 ) -> None:
-    """Write a calibration into a graph's interval, in place."""
+    """Write a calibration into that of a graph, in place."""
     values = {
         **document,
         "projection": nearness.projection,
         "references": nearness.references,
     }
-    for name, _ in interval.named_buffers():
+    for name, _ in calibration.named_buffers():
         value = torch.as_tensor(values[name], dtype=torch.float32)
-        getattr(interval, name).copy_(value)
+        getattr(calibration, name).copy_(value)
