@@ -23,6 +23,7 @@ from training.augment import (
     shift_season,
     smooth,
     soften,
+    through_air,
     to_surface,
     to_top,
     zoom,
@@ -175,6 +176,19 @@ def test_scattering_that_is_added_and_removed_changes_nothing() -> None:
     assert air[2] == pytest.approx(0.055, abs=0.002)
     # The lower the sun, the longer its way through the air.
     assert (to_top(np.zeros((1, 3, 1, 1), np.float32), 0.4).ravel() > air).all()
+
+
+def test_series_through_the_air_are_brighter_in_blue_than_in_red_and_infrared() -> None:
+    bands = ("B08", "B02", "B04")
+    dark = np.full((200, 6, 3), 0.02, np.float32)
+    near, blue, red = (through_air(dark, bands, chance()) - dark).transpose(2, 0, 1)
+    assert (near < red).all()
+    assert (red < blue).all()
+    # Molecules alone add 0.043 to 0.078 at 490 nm; the aerosol adds some and differs by date.
+    assert 0.04 < blue.min() < blue.max() < 0.12
+    assert np.ptp(blue, axis=1).min() > 0.0
+    bright = through_air(np.full((200, 6, 3), 0.6, np.float32), bands, chance())
+    assert (bright < 0.6).all()
 
 
 def test_haze_brightens_dark_ground_and_dims_bright_ground() -> None:

@@ -6,6 +6,7 @@ batch exactly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,15 +71,20 @@ NO_PATCH_AUGMENTATION = PatchAugmentation(
 )
 
 
-# Optical depth of the air's molecules in B04, B03, B02 (665, 560, 490 nm) at sea level: Bodhaine
-# et al. 1999, doi:10.1175/1520-0426(1999)016<1854:ORODC>2.0.CO;2.
-_RAYLEIGH = np.array([0.045, 0.090, 0.155], np.float32)
+# Central wavelength in nm, and optical depth of the air's molecules at sea level: Bodhaine et al.
+# 1999, doi:10.1175/1520-0426(1999)016<1854:ORODC>2.0.CO;2.
+_AIR = {
+    "B01": (443.0, 0.236), "B02": (490.0, 0.155), "B03": (560.0, 0.090), "B04": (665.0, 0.045),
+    "B05": (705.0, 0.035), "B06": (740.0, 0.029), "B07": (783.0, 0.023), "B08": (842.0, 0.017),
+    "B8A": (865.0, 0.016), "B09": (945.0, 0.011), "B11": (1610.0, 0.001), "B12": (2190.0, 0.0),
+}  # fmt: skip
 # Aerosol of a continent at 550 nm: single-scattering albedo, asymmetry, and Angstrom's exponent of
 # its optical depth. "Continental average" of Hess et al. 1998,
 # doi:10.1175/1520-0477(1998)079<0831:OPOAAC>2.0.CO;2.
 _AEROSOL_ALBEDO = 0.925
 _AEROSOL_ASYMMETRY = 0.703
-_AEROSOL_DEPTHS = (np.array([665.0, 560.0, 490.0], np.float32) / 550.0) ** -1.11
+_ANGSTROM = 1.11
+_PATCH_BANDS = ("B04", "B03", "B02")
 
 
 def drop_dates(valid: Bools, rng: Generator, *, most: float, least: int) -> Bools:
@@ -257,20 +263,14 @@ def to_surface(patches: Floats, cosine: float | NDArray[np.float64]) -> Floats:
     Returns:
         Reflectance (N, 3, P, P), at least 0.
     """
-    added, kept = _rayleigh(cosine)
+    added, kept = _molecules(_of_patches(_molecule_depths(_PATCH_BANDS)), cosine)
     return np.asarray(np.maximum((patches - added) / kept, 0.0), np.float32)
 
 
 def to_top(patches: Floats, cosine: float | NDArray[np.float64]) -> Floats:
     """Add Rayleigh scattering, the inverse of `to_surface`: level 2A to level 1C, approximately."""
-    added, kept = _rayleigh(cosine)
+    added, kept = _molecules(_of_patches(_molecule_depths(_PATCH_BANDS)), cosine)
     return np.asarray(patches * kept + added, np.float32)
-
-
-def _rayleigh(cosine: float | NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Reflectance of the air's molecules, and the share of the ground's that passes them."""
-    depth = _RAYLEIGH[None, :, None, None]
-    return depth / (4.0 * cosine), 1.0 - 0.5 * depth * (1.0 + 1.0 / cosine)
 
 
 def add_haze(patches: Floats, depth: float, cosine: float) -> Floats:
@@ -284,14 +284,61 @@ def add_haze(patches: Floats, depth: float, cosine: float) -> Floats:
         depth: optical depth of the aerosol at 550 nm; 0.1 is clear, 0.5 hazy.
         cosine: of the sun's zenith angle, above 0 to 1.
     """
+    added, kept = _aerosol(depth * _of_patches(_aerosol_depths(_PATCH_BANDS)), cosine)
+    return np.asarray(patches * kept + added, np.float32)
+
+
+def through_air(values: Floats, bands: Sequence[str], rng: Generator) -> Floats:
+    """Series as at level 1C: through the air's molecules and an aerosol that differs by date.
+
+    Args:
+        values: surface reflectance (N, T, C).
+        bands: names of Sentinel-2's bands on the C axis.
+        rng: random generator.
+    """
+    n, dates = values.shape[:2]
+    cosine = rng.uniform(0.5, 0.9, (n, 1, 1))
+    depth = rng.uniform(0.02, 0.3, (n, 1, 1)) * rng.uniform(0.7, 1.3, (n, dates, 1))
+    layers = (
+        _molecules(_molecule_depths(bands), cosine),
+        _aerosol(depth * _aerosol_depths(bands), cosine),
+    )
+    for added, kept in layers:
+        values = np.asarray(values * kept + added, np.float32)
+    return values
+
+
+_Layer = tuple[NDArray[Any], NDArray[Any]]
+"""Reflectance of a layer of air, and the share of the ground's that passes it."""
+
+
+def _molecules(depth: NDArray[Any], cosine: float | NDArray[np.float64]) -> _Layer:
+    return depth / (4.0 * cosine), 1.0 - 0.5 * depth * (1.0 + 1.0 / cosine)
+
+
+def _aerosol(depth: NDArray[Any], cosine: float | NDArray[np.float64]) -> _Layer:
     g, albedo = _AEROSOL_ASYMMETRY, _AEROSOL_ALBEDO
     # The sun's light is turned by 180 degrees minus the zenith angle, whose cosine is -cosine.
     phase = (1.0 - g**2) / (1.0 + g**2 + 2.0 * g * cosine) ** 1.5
-    depths = (depth * _AEROSOL_DEPTHS)[None, :, None, None]
     # Light that is scattered forward stays in the beam; other scattered and absorbed light leaves.
     lost = (1.0 - albedo) + albedo * (1.0 - g) / 2.0
-    added = albedo * phase * depths / (4.0 * cosine)
-    return np.asarray(patches * np.exp(-lost * depths * (1.0 + 1.0 / cosine)) + added, np.float32)
+    kept = np.exp(-lost * depth * (1.0 + 1.0 / cosine))
+    return albedo * phase * depth / (4.0 * cosine), kept
+
+
+def _molecule_depths(bands: Sequence[str]) -> NDArray[np.float32]:
+    """Optical depths of the air's molecules (C)."""
+    return np.array([_AIR[band][1] for band in bands], np.float32)
+
+
+def _aerosol_depths(bands: Sequence[str]) -> NDArray[np.float32]:
+    """Optical depths of an aerosol whose depth is 1 at 550 nm (C)."""
+    return (np.array([_AIR[band][0] for band in bands], np.float32) / 550.0) ** -_ANGSTROM
+
+
+def _of_patches(by_band: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values by band (C) in the shape of patches (1, C, 1, 1)."""
+    return by_band[None, :, None, None]
 
 
 def augment_patches(patches: Floats, how: PatchAugmentation, rng: Generator) -> Floats:

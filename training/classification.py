@@ -16,6 +16,7 @@ from models.card import TimeWindow
 from models.graph import PixelGraph
 from models.heads import ClassificationHead
 from models.indices import SpectralIndices
+from training.augment import through_air
 from training.calibration import cross_fitted_scores, fit_temperature
 from training.config import ClassifyConfig
 from training.datasets.synthetic_ground import SYNTHETIC
@@ -46,7 +47,9 @@ _LEGENDS = {"cdl": CDL, "worldcover": WORLDCOVER}
 # The broad classifier must work on monthly, ten-day and five-day series with thin cloud.
 _AUGMENTATION = {
     "cdl": SeriesAugmentation(),
-    "worldcover": SeriesAugmentation(drop=0.7, gap=0.15, jitter=4.0, gain=0.08, haze=0.04),
+    "worldcover": SeriesAugmentation(
+        drop=0.7, gap=0.15, jitter=4.0, gain=0.08, haze=0.04, air=0.05
+    ),
 }
 # Share of the training pixels moved to the other hemisphere: nearly all labels are northern.
 _OTHER_HEMISPHERE = 0.15
@@ -118,6 +121,11 @@ class PixelClassification:
             elif self.config.window.yearly:
                 days = other_hemisphere(days, _OTHER_HEMISPHERE, rng)
             values, valid, days = augment_series(values, valid, days, how, rng)
+            if how.air:
+                # Not synthetic ground: built-up and barren land are told apart by brightness alone.
+                real = np.array([name != SYNTHETIC for name in part.sources])[part.source]
+                risen = real & (rng.random(len(part)) < how.air)
+                values[risen] = through_air(values[risen], self.config.bands, rng)
             rows = computable(values, valid, self.spectral)
             arrays = *usable_first(values, valid, days), part.labels
             yield tuple(torch.from_numpy(a[rows]) for a in arrays)
