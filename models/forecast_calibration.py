@@ -40,7 +40,7 @@ class ForecastCalibration(nn.Module):
         damping * g * (1 - CLOSEST / r)
 
     Here d is the standard deviation of the networks' medians, in half widths of the interval,
-    means over steps and indices; r is the distance of its embedding from the nearest of K
+    means over steps and indices; r is the distance of the embedding from the nearest of K
     references, which are embeddings of training series, in median distances of the validation
     places; g, 0 to 1, is the classifier's probability of another region.
 

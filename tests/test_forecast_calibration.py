@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from models.encoders import PixelEncoder
-from models.forecast_calibration import ForecastCalibration, relative_disagreement
+from models.forecast_calibration import (
+    ForecastCalibration,
+    anchors_of,
+    relative_disagreement,
+)
 from models.graph import PixelGraph
 from models.heads import ForecastHead
 from training.config import BANDS, INDICES, ZOO, Run, changed
@@ -93,6 +97,14 @@ class TestCalibration:
         assert (share < 1.0 + 1e-3).all()
         assert np.ptp(share) > 0.5
         assert (np.diff(after, axis=-1) > 0).all()
+
+    def test_the_anchors_are_the_last_value_and_the_mean_of_what_was_observed(self) -> None:
+        series = torch.tensor([[[0.2, 0.9, 0.4], [0.1, 0.9, 0.3]]])
+        observed = torch.tensor([[[1.0, 0.0, 1.0]]])
+        expected = torch.tensor([[[0.4, 0.3], [0.3, 0.2]]])
+        torch.testing.assert_close(anchors_of(series, observed), expected)
+        missing = anchors_of(torch.full((1, 2, 3), torch.nan), torch.zeros(1, 1, 3))
+        assert missing.isnan().all()
 
     def test_one_network_does_not_disagree(self) -> None:
         outputs = torch.from_numpy(outputs_of(np.random.default_rng(2))[:1])
