@@ -1,7 +1,7 @@
 """Calibration of a forecast by how much a pixel is like the training data.
 
 Shapes: N pixels, R networks, D numbers of an embedding, H steps of a forecast, S spectral indices,
-Q quantiles, K references, P directions; A anchors: the last value and the mean of the past.
+Q quantiles, K references, P directions, A anchors.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ REFERENCES, DIRECTIONS = 4096, 48
 """K, and the largest P."""
 CLOSEST, FARTHEST = 0.9, 3.0
 """Bounds of a relative distance."""
-ANCHORS = ("last", "mean")
-"""Names of the A anchors."""
+ANCHORS = 2
+"""A: the last value, and the mean of the past."""
 EARLIER_PREFIXES = ("band.", "interval.")
 """Prefixes of the calibration's weights in files of earlier versions, instead of `calibration.`."""
 _NARROWEST = 1e-3
@@ -51,7 +51,7 @@ class ForecastCalibration(nn.Module):
     def __init__(self, embedding: int) -> None:
         super().__init__()
         directions = min(DIRECTIONS, embedding)
-        self.register_buffer("damping", torch.zeros(len(ANCHORS)))
+        self.register_buffer("damping", torch.zeros(ANCHORS))
         self.register_buffer("disagreement", torch.zeros(()))
         self.register_buffer("weight", torch.zeros(embedding))
         self.register_buffer("bias", torch.zeros(()))

@@ -153,17 +153,18 @@ class PixelGraph(nn.Module):
 
         Quantiles are calibrated.
         """
-        outputs, embedding, anchors = self._networks(values, valid, days, day_of_year)
         if self.calibration is not None:
-            calibrated: Tensor = self.calibration(torch.stack(outputs), embedding, anchors)
+            evidence = self.evidence(values, valid, days, day_of_year)
+            calibrated: Tensor = self.calibration(*evidence)
             return calibrated
+        outputs = self.each(values, valid, days, day_of_year)
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
 
     def each(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> list[Tensor]:
         """Output of each network, on which the training loss is computed."""
-        return self._networks(values, valid, days, day_of_year)[0]
+        return self._networks(*self.regular(values, valid, days), day_of_year)[0]
 
     def evidence(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
@@ -174,14 +175,19 @@ class PixelGraph(nn.Module):
             Quantiles of each network (R, N, H, S, Q), the first network's embeddings (N, D), and
             `models.forecast_calibration.anchors_of` the series (N, A, S).
         """
-        outputs, embedding, anchors = self._networks(values, valid, days, day_of_year)
-        return torch.stack(outputs), embedding, anchors
+        regular = self.regular(values, valid, days)
+        outputs, embedding = self._networks(*regular, day_of_year)
+        series, observed, _ = regular
+        return torch.stack(outputs), embedding, anchors_of(series, observed)
 
     def _networks(
-        self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Output of each network, the first one's embeddings (N, D), and anchors (N, A, S)."""
-        series, observed, reflectance = self.regular(values, valid, days)
+        self,
+        series: Tensor,
+        observed: Tensor,
+        reflectance: Tensor | None,
+        day_of_year: Tensor | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Output of each network, and the first one's embeddings (N, D), from `regular`."""
         season = None if day_of_year is None else self._season(day_of_year)
         networks = ((self.encoder, self.head), *self.others)
         embedded: list[Tensor] = [
@@ -197,7 +203,7 @@ class PixelGraph(nn.Module):
                 outputs.append(torch.cat([embeddings, *_flat(series, reflectance)], dim=1))
             else:
                 outputs.append(embeddings)
-        return outputs, embedded[0], anchors_of(series, observed)
+        return outputs, embedded[0]
 
     def forward(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None

@@ -98,6 +98,16 @@ class TestCalibration:
         assert np.ptp(share) > 0.5
         assert (np.diff(after, axis=-1) > 0).all()
 
+    def test_a_stored_calibration_without_damping_damps_nothing(self) -> None:
+        rng = np.random.default_rng(3)
+        fitted = fit_calibration([forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)])
+        earlier = {name: v for name, v in fitted.document().items() if name != "damping"}
+        calibration = ForecastCalibration(D)
+        calibration.damping.fill_(1.0)
+        write_calibration(calibration, earlier, fit_nearness([rng.normal(size=(50, D))], unit=1.0))
+        assert (calibration.damping == 0).all()
+        assert calibration.far == pytest.approx(fitted.far, abs=1e-4)
+
     def test_the_anchors_are_the_last_value_and_the_mean_of_what_was_observed(self) -> None:
         series = torch.tensor([[[0.2, 0.9, 0.4], [0.1, 0.9, 0.3]]])
         observed = torch.tensor([[[1.0, 0.0, 1.0]]])
@@ -325,7 +335,10 @@ class TestRuns:
         away = _forecasts_from_every_month(task, graph, there)
         flanders = report.regions["flanders"]
         own = forecast_region(away, away["quantiles"])
-        assert flanders["coverage_beside"] == own["coverage"]
+        assert (flanders["rmse_beside"], flanders["coverage_beside"]) == (
+            own["rmse"],
+            own["coverage"],
+        )
         # Damped towards persistence, as Hesbaye suggests.
         assert flanders["rmse"] != own["rmse"]
         # One place in four, by networks that were trained on the others.
@@ -362,9 +375,9 @@ class TestRuns:
     ) -> None:
         report = evaluate_runs(runs / "last", runs / "without", self.plan(runs))
         before, after = (load_finished(runs / name) for name in ("first", "last"))
-        scored = before[3]["scores"]["coverage"]
-        assert report.calibration["validation_places"][0]["coverage_beside"] == scored
-        assert scored != after[1].scores(after[2])["coverage"]
+        scored = before[3]["scores"]["rmse_mean"]
+        assert report.calibration["validation_places"][0]["rmse_beside"] == scored
+        assert scored != after[1].scores(after[2])["rmse_mean"]
 
     def test_a_run_that_left_one_region_out_is_named(self, runs: Path) -> None:
         with pytest.raises(NoRegions, match="one leaves out 1 regions"):

@@ -576,6 +576,7 @@ class TestCommand:
             (["finetune", "nothing-known"], "--task"),
             (["finetune", "pixels-crops-us", "--set", "epoch=3"], "no setting"),
             (["finetune", "pixels-crops-us", "--set", "optimisation.epochs=few"], "integer"),
+            (["finetune", "pixels-crops-us", "--set", "labels.share=1"], "no setting"),
             (["finetune", "pixels-crops-us", "--set", "labels.share=1"], "optimisation"),
             (["finetune", "pixels-crops-us", "--set", "encoder.wide=1"], "encoder.width"),
             (["finetune", "pixels-crops-us", "--data", "nowhere"], "nowhere"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -64,19 +64,39 @@ def fit_spread(
     factors = np.ones((horizon, 2))
     for h in range(horizon):
         for side, outer in enumerate((0, 2)):
-            ratios, weights = [], []
+            ratios = []
             for quantiles, target, known in parts:
                 chosen, seen = quantiles[:, h][known[:, h]], target[:, h][known[:, h]]
                 width = chosen[:, outer] - chosen[:, 1]
                 ratios.append((seen - chosen[:, 1]) / np.where(width == 0, 1e-9, width))
-                weights.append(np.full(len(seen), 1 / max(len(seen), 1)))
-            ratio, weight = np.concatenate(ratios), np.concatenate(weights)
-            if len(ratio):
-                order = np.argsort(ratio)
-                share = np.cumsum(weight[order]) / weight.sum()
-                place = min(int(np.searchsorted(share, 1 - tail)), len(ratio) - 1)
-                factors[h, side] = max(float(ratio[order][place]), _LEAST_SPREAD)
+            found = equal_quantile(ratios, 1 - tail)
+            if found is not None:
+                factors[h, side] = max(found, _LEAST_SPREAD)
     return factors
+
+
+def equal_weights(parts: Sequence[Sized]) -> NDArray[np.float64]:
+    """Weights of the joined values of several parts, by which each part counts the same (N)."""
+    return np.concatenate([np.full(len(part), 1 / max(len(part), 1)) for part in parts])
+
+
+def equal_quantile(parts: Sequence[Floats], share: float) -> float | None:
+    """The value below which a share of all parts' values lies, each part with the same weight.
+
+    Args:
+        parts: values (N) of each part.
+        share: 0 to 1.
+
+    Returns:
+        One of the values; None if there is none.
+    """
+    values, weights = np.concatenate(parts), equal_weights(parts)
+    if not len(values):
+        return None
+    order = np.argsort(values)
+    below = np.cumsum(weights[order]) / weights.sum()
+    place = min(int(np.searchsorted(below, share)), len(values) - 1)
+    return float(values[order][place])
 
 
 def probabilities(logits: Floats, temperature: float = 1.0) -> NDArray[np.float64]:

@@ -47,10 +47,10 @@ _LEGENDS = {"cdl": CDL, "worldcover": WORLDCOVER}
 # The broad classifier must work on monthly, ten-day and five-day series with thin cloud.
 _AUGMENTATION = {
     "cdl": SeriesAugmentation(),
-    "worldcover": SeriesAugmentation(
-        drop=0.7, gap=0.15, jitter=4.0, gain=0.08, haze=0.04, air=0.05
-    ),
+    "worldcover": SeriesAugmentation(drop=0.7, gap=0.15, jitter=4.0, gain=0.08, haze=0.04),
 }
+# Share of the pixels of real imagery that are seen through the air, as at level 1C.
+_THROUGH_AIR = {"cdl": 0.0, "worldcover": 0.05}
 # Share of the training pixels moved to the other hemisphere: nearly all labels are northern.
 _OTHER_HEMISPHERE = 0.15
 
@@ -103,7 +103,7 @@ class PixelClassification:
 
     def batches(self, epoch: int, rng: Generator) -> Iterator[tuple[Tensor, ...]]:  # noqa: ARG002  # the same in every epoch
         """Augmented series and their classes: values, valid, days, labels."""
-        how = _AUGMENTATION[self.config.legend]
+        how, air = _AUGMENTATION[self.config.legend], _THROUGH_AIR[self.config.legend]
         weights = self._weights()
         batch = self.config.optimisation.batch
         order = (
@@ -121,10 +121,11 @@ class PixelClassification:
             elif self.config.window.yearly:
                 days = other_hemisphere(days, _OTHER_HEMISPHERE, rng)
             values, valid, days = augment_series(values, valid, days, how, rng)
-            if how.air:
-                # Not synthetic ground: built-up and barren land are told apart by brightness alone.
-                real = np.array([name != SYNTHETIC for name in part.sources])[part.source]
-                risen = real & (rng.random(len(part)) < how.air)
+            if air:
+                # Built-up and barren land of the synthetic ground differ in brightness alone, which
+                # the air would hide.
+                real = ~part.in_regions([SYNTHETIC])
+                risen = real & (rng.random(len(part)) < air)
                 values[risen] = through_air(values[risen], self.config.bands, rng)
             rows = computable(values, valid, self.spectral)
             arrays = *usable_first(values, valid, days), part.labels

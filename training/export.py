@@ -35,7 +35,7 @@ from training.finetune import WEIGHTS, load_finished
 from training.graph_export import folded, in_half, quantise
 from training.onnx_export import OPSET, to_onnx
 from training.parity import HALF_TOLERANCE, Served, check_parity, check_parity_int8, random_inputs
-from training.regions import INTERVAL, apply_calibration, read_report
+from training.regions import CALIBRATED, apply_calibration, read_report
 from training.task import Graph, Inputs, Outputs, Task
 from training.validation_outputs import scores_of
 
@@ -87,7 +87,7 @@ def export_run(
         fields["regions"] = report.regions
         calibration = dict(report.calibration)
         if "band" in calibration:
-            fields["metrics"]["band"] = calibration.pop("note", INTERVAL)
+            fields["metrics"]["band"] = calibration.pop("note", CALIBRATED)
         fields["training"]["calibration"] = calibration
     one = [
         torch.from_numpy(array if key == "days" else array[:1])

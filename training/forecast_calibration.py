@@ -23,6 +23,7 @@ from models.forecast_calibration import (
     REFERENCES,
     ForecastCalibration,
 )
+from training.calibration import equal_quantile, equal_weights
 
 Floats = NDArray[np.floating[Any]]
 # Weight of the disagreement of the networks, power of the distance, and shares of the targets
@@ -71,7 +72,7 @@ def fit_nearness(
             for networks that did; None takes it from `near`.
     """
     x = np.concatenate(parts).astype(np.float64)
-    share = np.concatenate([np.full(len(e), 1 / len(e) / len(parts)) for e in parts])
+    share = equal_weights(parts) / len(parts)
     mean = share @ x
     scale = np.sqrt(share @ np.square(x - mean)) + _LEAST_DEVIATION
     scaled = (x - mean) / scale
@@ -213,9 +214,7 @@ def fit_calibration(
     )
     x = np.concatenate([*ours, *theirs]).astype(np.float64)
     label = np.repeat([0, 1], [sum(map(len, ours)), sum(map(len, theirs))])
-    share = np.concatenate(
-        [np.full(len(e), 1 / len(e) / len(side)) for side in (ours, theirs) for e in side]
-    )
+    share = np.concatenate([equal_weights(side) / len(side) for side in (ours, theirs)])
     mean, deviation = x.mean(axis=0), x.std(axis=0) + _LEAST_DEVIATION
     classifier = LogisticRegression(C=_INVERSE_PENALTY, max_iter=200)
     classifier.fit((x - mean) / deviation, label, sample_weight=share * len(x) / share.sum())
@@ -234,34 +233,30 @@ def _damping(parts: Sequence[Forecasts]) -> Floats:
     """The damping (A) with the least squared error, not negative; parts have the same weight."""
     errors = [(part.target - part.quantiles[..., 1])[part.known] for part in parts]
     if not sum(map(len, errors)):
-        return np.zeros(len(ANCHORS))
+        return np.zeros(ANCHORS)
     towards = np.concatenate(
         [(part.towards() * part.unlike()[:, None, None, None])[part.known] for part in parts]
     )
-    weights = np.concatenate([np.full(len(e), 1 / max(len(e), 1)) for e in errors])
     fit = LinearRegression(fit_intercept=False, positive=True)
-    fit.fit(towards, np.concatenate(errors), weights)
+    fit.fit(towards, np.concatenate(errors), equal_weights(errors))
     return np.asarray(fit.coef_, np.float64)
 
 
 def _factor(parts: Sequence[Forecasts], share: float) -> float:
     """Factor whose interval holds a share of the targets; parts have the same weight."""
-    ratios = [part.ratios() for part in parts]
-    weights = np.concatenate([np.full(len(r), 1 / max(len(r), 1)) for r in ratios])
-    joined = np.concatenate(ratios)
-    if not len(joined):
-        return 1.0
-    order = np.argsort(joined)
-    held = np.cumsum(weights[order]) / weights.sum()
-    place = min(int(np.searchsorted(held, share)), len(joined) - 1)
-    return max(float(joined[order][place]), _LEAST_FACTOR)
+    found = equal_quantile([part.ratios() for part in parts], share)
+    return 1.0 if found is None else max(found, _LEAST_FACTOR)
 
 
 def write_calibration(
     calibration: ForecastCalibration, document: Mapping[str, Any], nearness: Nearness
 ) -> None:
-    """Write a calibration into that of a graph, in place."""
+    """Write a calibration into that of a graph, in place.
+
+    Those of earlier versions have no damping.
+    """
     values = {
+        "damping": [0.0] * ANCHORS,
         **document,
         "projection": nearness.projection,
         "references": nearness.references,

@@ -25,7 +25,7 @@ from training.export import (
     write_bundle,
 )
 from training.finetune import task_of
-from training.regions import INTERVAL, Report, apply_calibration, read_report
+from training.regions import CALIBRATED, Report, apply_calibration, read_report
 
 _TEMPERATURE = "head.temperature"
 
@@ -63,7 +63,7 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
         replace_card(folder, scored)
         return folder
     if card.task == "forecast":
-        return _with_interval(folder, card, report, version=version, data=data or Path())
+        return _with_calibration(folder, card, report, version=version, data=data or Path())
     if "temperature" not in report.calibration:
         raise NotCalibrated(
             f"{regions} has no temperature of a classifier's regions: give the folder that "
@@ -88,13 +88,13 @@ def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None 
     return folder
 
 
-def _with_interval(
+def _with_calibration(
     folder: Path, card: ModelCard, report: Report, *, version: str, data: Path
 ) -> Path:
     if "band" not in report.calibration:
         raise NotCalibrated(
-            "the regions have no calibrated prediction interval: run `python -m training regions` "
-            "with --bundle, and give the folder of that run"
+            "the regions have no calibration of forecasts: run `python -m training regions` with "
+            "--bundle, and give the folder of that run"
         )
     run = run_of_card(card, data)
     task = task_of(run)
@@ -104,7 +104,7 @@ def _with_interval(
     fields = {
         **card.model_dump(),
         "regions": report.regions,
-        "metrics": {**card.metrics, "band": INTERVAL},
+        "metrics": {**card.metrics, "band": CALIBRATED},
         "training": {**card.training, "calibration": report.calibration},
     }
     return write_bundle(

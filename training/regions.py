@@ -28,6 +28,7 @@ from models.heads import ClassificationHead, ForecastHead
 from models.registry import load_bundle
 from training.bundle_weights import load_folded
 from training.calibration import (
+    equal_weights,
     expected_calibration_error,
     fit_spread,
     fit_temperature,
@@ -66,7 +67,7 @@ REGIONS = "regions.json"
 _NEARNESS = "nearness.npz"
 WHOLE = "all-regions"
 """Folder of the run that leaves no region out; it scores regions that are never trained on."""
-INTERVAL = (
+CALIBRATED = (
     "RMSE and coverage in `evaluation` are those of the networks' own forecasts, which were "
     "calibrated afterwards: `regions` has the scores where the networks were not trained, "
     "`training.calibration.validation_places` those on the validation places, before "
@@ -271,7 +272,7 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     calibration = {
         **_calibration(fitted, before.near(), beside_own),
         "note": (
-            f"{INTERVAL} {', '.join(names)}: `regions` has the scores of a run of the same "
+            f"{CALIBRATED} {', '.join(names)}: `regions` has the scores of a run of the same "
             "configuration that left all of them out, each under the calibration fitted on the "
             "other ones; `beside_training_places` has those of the networks trained on other "
             "places of them."
@@ -606,8 +607,7 @@ def across(outputs: Mapping[str, Outputs], *, without: str | None = None) -> flo
     counted = [o for name, o in outputs.items() if name != without]
     logits = np.concatenate([o["logits"] for o in counted])
     labels = np.concatenate([o["labels"] for o in counted])
-    weights = np.concatenate([np.full(len(o["labels"]), 1 / len(o["labels"])) for o in counted])
-    return fit_temperature(logits, labels, weights)
+    return fit_temperature(logits, labels, equal_weights([o["labels"] for o in counted]))
 
 
 def beside_forest(
@@ -983,8 +983,8 @@ _HOW_SCORED = (
     "Forecasts start on the first day of every month that the series allow; targets are the "
     "clear observations as they are. RMSE is the mean of the RMSE of NDVI, EVI and SAVI. Last "
     "year is the clear date nearest to the day one year before, within ten days, if there is "
-    "one; `where last year is known` is our RMSE on the same targets. `not calibrated` has RMSE "
-    "and coverage of the networks' own forecasts."
+    "one; `where last year is known` is our RMSE on the same targets. `not calibrated` is of the "
+    "networks' own forecasts."
 )
 
 
@@ -1017,8 +1017,8 @@ def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) 
 
 def _forecast_table(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield (
-        "| region | n | RMSE | not calibrated | persistence | where last year is known | "
-        "last year | coverage | by step | by month | not calibrated |"
+        "| region | n | RMSE | RMSE not calibrated | persistence | where last year is known | "
+        "last year | coverage | by step | by month | coverage not calibrated |"
     )
     yield "|---" * 11 + "|"
     for name, r in regions.items():

@@ -166,8 +166,6 @@ class SeriesAugmentation:
     """Standard deviation of a pixel's gain."""
     haze: float = 0.0
     """Share of the dates that are brightened, as by thin cloud that no mask finds."""
-    air: float = 0.0
-    """Share of the pixels of real imagery that are seen through the air, as at level 1C."""
 
 
 def augment_series(
