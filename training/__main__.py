@@ -53,6 +53,12 @@ Settings = Annotated[
         "--set", help="A setting of the configuration, such as optimisation.epochs=5; repeatable."
     ),
 ]
+Public = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of series of public repositories, for forecasts: see docs/how-to/train.md."
+    ),
+]
 Version = Annotated[
     str | None,
     typer.Option(
@@ -121,6 +127,7 @@ def finetune(
     romania: Annotated[
         Path | None, typer.Option(help="The Romania cube of nrt 0.2.1, for forecasts.")
     ] = None,
+    public: Public = None,
     left_out: Annotated[
         list[str] | None,
         typer.Option(help="Leave this region out of training; repeatable."),
@@ -155,6 +162,7 @@ def finetune(
         protocol=protocol.value,
         left_out=tuple(left_out or ()),
         romania=romania,
+        public=public,
     )
     words = [name, *([protocol.value] if protocol != Protocol.finetune else [])]
     seeded = config.optimisation.seed
@@ -228,17 +236,18 @@ def regions(
     trained: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a finished run of forecasts to calibrate by the run of --without."
+            help="Folder of a finished run of forecasts to calibrate by the runs of --without."
         ),
     ] = None,
     without: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             help="Folder of a finished run of the same configuration that left regions out "
-            "(finetune --left-out)."
+            "(finetune --left-out); repeatable."
         ),
     ] = None,
     romania: Annotated[Path | None, typer.Option(help="The Romania cube of nrt 0.2.1.")] = None,
+    public: Public = None,
     report: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/results.md"),
     device: Device = "auto",
     threads: Threads = 1,
@@ -249,7 +258,7 @@ def regions(
     from training.recalibrate import run_of_card
     from training.regions import Plan, evaluate_bundle, evaluate_regions, evaluate_runs
 
-    if (trained is None) != (without is None) or (bundle and trained):
+    if (trained is None) != (not without) or (bundle and trained):
         raise typer.BadParameter(
             "give --trained and --without together, and neither of them with --bundle"
         )
@@ -264,12 +273,13 @@ def regions(
     started = (pretrained,) if pretrained else ()
     words = [f"--pretrained {pretrained.as_posix()}"] if pretrained else []
     words += [f"--bundle {bundle.as_posix()}"] if bundle else []
-    runs = {"trained": trained, "without": without}
-    words += [f"--{option} {path.as_posix()}" for option, path in runs.items() if path]
+    words += [f"--trained {trained.as_posix()}"] if trained else []
+    words += [f"--without {path.as_posix()}" for path in without or []]
     words += ["--romania CUBE"] if romania else []
+    words += ["--public PUBLIC"] if public else []
     words += [f"--set {shlex.quote(setting)}" for setting in settings or []]
     plan = Plan(
-        run=Run(config=config, data=data, pretrained=started, romania=romania),
+        run=Run(config=config, data=data, pretrained=started, romania=romania, public=public),
         folder=run or RUNS / "regions" / name,
         report=report,
         only=tuple(only or ()),

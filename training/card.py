@@ -261,6 +261,7 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
         words += ["--pretrained", checkpoint.as_posix()]
         earlier += [c for c in _commands_before(checkpoint) if c not in earlier]
     words += ["--romania CUBE"] if run.romania else []
+    words += ["--public PUBLIC"] if run.public else []
     words += [f"--left-out {shlex.quote(region)}" for region in run.left_out]
     if run.everything:
         words.append("--everything")

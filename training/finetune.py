@@ -66,6 +66,7 @@ _TASKS: Mapping[str, Callable[[Any], Task[Any]]] = {
         everything=run.everything,
         left_out=run.left_out,
         romania=run.romania,
+        public=run.public,
     ),
     "landcover": lambda run: PatchClassification(
         run.config,

@@ -27,6 +27,7 @@ from training.datasets.points import (
     us_regions,
     victoria_2018,
 )
+from training.datasets.public import further_series
 from training.datasets.stacks import read_romania, read_stack, split_north
 from training.losses import pinball
 from training.networks import pixel_graph, pixel_shape
@@ -85,6 +86,7 @@ class PixelForecast:
         everything: whether the validation places are trained on too.
         left_out: regions excluded from training.
         romania: path of the Romania cube of the wheel nrt 0.2.1; None leaves it out.
+        public: folder of the files of `training.datasets.public`; None leaves them out.
     """
 
     has_linear_head = False
@@ -97,9 +99,10 @@ class PixelForecast:
         everything: bool = False,
         left_out: Sequence[str] = (),
         romania: Path | None = None,
+        public: Path | None = None,
     ) -> None:
         self.config = config
-        sets = series_sets(data, romania)
+        sets = series_sets(data, romania, public)
         self.spectral = SpectralIndices(INDICES, BANDS)
         table = tabulate(sets, config.window, least=config.min_observations)
         self.table = table
@@ -315,12 +318,15 @@ class PixelForecast:
         return samples_by_source({"series": self.train, "validation": self.validation})
 
 
-def series_sets(data: Path, romania: Path | None = None) -> list[PixelSet]:
+def series_sets(
+    data: Path, romania: Path | None = None, public: Path | None = None
+) -> list[PixelSet]:
     """Every series that may be trained on, labelled or not: forecasts need no labels.
 
     Args:
         data: folder of the data sets.
         romania: path of the Romania cube; None leaves it out.
+        public: folder of the files of `training.datasets.public`; None leaves them out.
     """
     scenes = [(read_stack(data / folder), region) for folder, region in _STACKS.items()]
     if romania:
@@ -331,6 +337,7 @@ def series_sets(data: Path, romania: Path | None = None) -> list[PixelSet]:
         *modis_brazil(data / "modis_brazil"),
         *victoria_2018(data / "victoria_2018"),
         *(pixels for scene, region in scenes for pixels in _pixels(scene, region)),
+        *further_series(data, public),
     ]
 
 

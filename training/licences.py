@@ -100,6 +100,34 @@ TERMS = {
         ),
         licence="Copernicus Sentinel data terms; GPL-3 (the collection); CC BY (the parcels)",
     ),
+    "bavaria_2018": Terms(
+        source=(
+            "Sentinel-2 level 1C series of fields in Bavaria: half-monthly means, and pixels of "
+            "wheat fields, from the repository WorldCrops of ESA's PhiLab"
+        ),
+        licence="Copernicus Sentinel data terms; MIT (the repository)",
+    ),
+    "worldcereal": Terms(
+        source=(
+            "Sentinel-2 level 2A series in the repository worldcereal-classification: a chip of "
+            "Belgium 2018 to 2019, fields of Flanders 2021, of Uganda and South Sudan 2017"
+        ),
+        licence="Copernicus Sentinel data terms; MIT (the repository)",
+    ),
+    "worldcrops": Terms(
+        source=(
+            "Sentinel-2 level 2A means of fields in western Kenya 2019, by Sentinel Hub, in the "
+            "repository WorldCrops of ESA's PhiLab"
+        ),
+        licence="Copernicus Sentinel data terms; MIT (the repository)",
+    ),
+    "geomaize": Terms(
+        source=(
+            "Monthly Sentinel-2 level 2A composites of maize fields in northern Ghana, 2021 to "
+            "2025, in the repository GEOMaize of the EO AFRICA R&D Facility"
+        ),
+        licence="Copernicus Sentinel data terms; MIT (the repository)",
+    ),
     "synthetic": Terms(
         source="Made by training/datasets/synthetic.py",
         licence="MIT",

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ from training.config import Run
 from training.datasets import PixelSet
 from training.datasets.level2a import SEASONS, LabelledArea
 from training.datasets.points import bavaria_2018, pune_2019
+from training.datasets.public import unseen_series
 from training.errors import TrainingError
 from training.evaluate import regular_series
-from training.finetune import finetune, is_finished, load_finished, task_of
+from training.finetune import WEIGHTS, finetune, is_finished, load_finished, task_of
 from training.forecast_calibration import (
     Calibration,
     Forecasts,
@@ -210,70 +212,73 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
     return report
 
 
-def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
+def evaluate_runs(trained: Path, without: Sequence[Path], plan: Plan) -> Report:
     """Calibrate forecasts that were trained on all regions; write section and `regions.json`.
 
-    Their errors where they were not trained are taken from a run of the same configuration that
-    left several regions out. Each of these is scored by that run, under the calibration fitted on
-    the other ones. Damping and factors are fitted on all of them, the classifier on the embeddings
-    of the networks that the calibration is for.
+    Their errors where they were not trained are taken from runs of the same configuration that
+    left several regions out. Each of these is scored by the run that left it out, under the
+    calibration fitted on the other ones. Damping and factors are fitted on all of them, the
+    classifier on the embeddings of the networks that the calibration is for.
 
     Args:
         trained: folder of the finished run to calibrate. If it was trained on the validation
             places too, the run that it started from stands in its place there.
-        without: folder of the finished run that left regions out.
+        without: folders of the finished runs that left regions out.
         plan: `run` gives data for evaluation only; `only`, `baselines` and `device` do not count.
 
     Raises:
-        NoRegions: a run is not of forecasts, or the second leaves out too few regions.
+        NoRegions: a run is not of forecasts, or the others leave out too few regions.
     """
-    run, ours = _forecaster(trained, plan.folder / "trained")
-    away_run, away = _forecaster(without, plan.folder / "without")
-    if len(away_run.left_out) < _FEWEST_REGIONS:
+    run, ours = _forecaster(trained, plan.folder)
+    away: dict[str, _Forecaster] = {}
+    for path in without:
+        settings, networks = _forecaster(path, plan.folder)
+        away |= dict.fromkeys(settings.left_out, networks)
+    if len(away) < _FEWEST_REGIONS:
         raise NoRegions(
-            f"{without} leaves out {len(away_run.left_out)} regions, and at least "
-            f"{_FEWEST_REGIONS} are required to fit and score a calibration: train that "
-            "run again with more --left-out"
+            f"{' and '.join(map(str, without))}: {len(away)} regions are left out, and at least "
+            f"{_FEWEST_REGIONS} are required to fit and score a calibration: train such "
+            "runs with more --left-out"
         )
     before = ours
     if run.everything:
-        _, before = _forecaster(run.pretrained[0].parent, plan.folder / "before")
-    names = away_run.left_out
-    there = {name: away.monthly(name) for name in names}
-    others = [away.monthly(name)["embedding"] for name in away.others(names)]
-    distant = away.nearness(away.trained_on())
-    far = {name: _uncalibrated(own, distant) for name, own in there.items()}
-    scored = _calibrated_report(there, far, away.near(), others, distant).regions
-    regions = {name: dict(scores) for name, scores in scored.items()}
-    beside_own = before.nearness(before.trained_on())
+        _, before = _forecaster(run.pretrained[0].parent, plan.folder)
+    names = list(away)
+    far = {name: networks.uncalibrated(name) for name, networks in away.items()}
+    regions = {}
+    for name, networks in away.items():
+        others = [n for n in names if n != name]
+        fitted = fit_calibration(
+            [_uncalibrated(o, networks.distance) for o in networks.near()],
+            [far[n] for n in others],
+            embeddings=networks.embeddings([*others, *networks.others(names)]),
+        )
+        regions[name] = forecast_region(networks.monthly(name), fitted.calibrated(far[name]))
     # Networks that were trained on the validation places cannot state how far such places lie.
-    nearness = beside_own
+    nearness = before.distance
     if ours is not before:
-        nearness = ours.nearness(ours.trained_on(), unit=beside_own.unit)
-    near = [_uncalibrated(o, beside_own) for o in before.near()]
+        nearness = ours.nearness(ours.trained_on(), unit=before.distance.unit)
     fitted = fit_calibration(
-        near,
+        [_uncalibrated(o, before.distance) for o in before.near()],
         list(far.values()),
-        embeddings=(
-            [o["embedding"] for o in ours.near()],
-            [ours.monthly(name)["embedding"] for name in (*names, *ours.others(names))],
-        ),
-        narrower=_narrower(away, before, names),
+        embeddings=ours.embeddings([*names, *ours.others(names)]),
+        narrower=_narrower(away, before),
     )
     for name, own in ours.never_trained_on(plan.run).items():
         regions[name] = forecast_region(own, fitted.calibrated(_uncalibrated(own, nearness)))
     for name in names:
-        # Places that these networks did not see, in regions that they did; Victoria has none.
+        # Places that these networks did not see, in regions that they did; most have none.
         held_out = before.held_out(name)
         if held_out is None:
             continue
-        beside = forecast_region(held_out, fitted.calibrated(_uncalibrated(held_out, beside_own)))
+        found = fitted.calibrated(_uncalibrated(held_out, before.distance))
+        beside = forecast_region(held_out, found)
         regions[name] |= {"beside_training_places": {key: beside[key] for key in _BESIDE}}
     calibration = {
-        **_calibration(fitted, before.near(), beside_own),
+        **_calibration(fitted, before.near(), before.distance),
         "note": (
             f"{CALIBRATED} {', '.join(names)}: `regions` has the scores of a run of the same "
-            "configuration that left all of them out, each under the calibration fitted on the "
+            "configuration that left the region out, each under the calibration fitted on the "
             "other ones; `beside_training_places` has those of the networks trained on other "
             "places of them."
         ),
@@ -332,6 +337,20 @@ class _Forecaster:
         found = np.unique(self.task.train.region)
         return [name for i, name in enumerate(self.task.train.regions) if i in found]
 
+    @cached_property
+    def distance(self) -> Nearness:
+        """How far an embedding lies from the training series of all regions of the run."""
+        return self.nearness(self.trained_on())
+
+    def uncalibrated(self, region: str) -> Forecasts:
+        """Forecasts of a region from every month, before calibration."""
+        return _uncalibrated(self.monthly(region), self.distance)
+
+    def embeddings(self, regions: Sequence[str]) -> tuple[list[Floats], list[Floats]]:
+        """Embeddings (N, D) on the validation places, and of each region."""
+        own = [o["embedding"] for o in self.near()]
+        return own, [self.monthly(name)["embedding"] for name in regions]
+
     def nearness(self, regions: Sequence[str], unit: float | None = None) -> Nearness:
         """How far an embedding lies from the training series of regions: see `fit_nearness`."""
         near = [] if unit else [o["embedding"] for o in self.near()]
@@ -365,7 +384,8 @@ def _forecaster(run: Path, folder: Path) -> tuple[Run, _Forecaster]:
     settings, task, graph, _ = load_finished(run)
     if not isinstance(task, PixelForecast):
         raise NoRegions(f"{run} is of {task.config.task}: give a run of forecasts")
-    return settings, _Forecaster(task=task, graph=graph, folder=folder)
+    kept = folder / f"{run.name}-{zlib.crc32((run / WEIGHTS).read_bytes()):08x}"
+    return settings, _Forecaster(task=task, graph=graph, folder=kept)
 
 
 def _calibrated_report(
@@ -397,15 +417,24 @@ def _calibrated_report(
     return Report(calibration=calibration, regions=regions, nearness=nearness)
 
 
-def _narrower(wide: _Forecaster, narrow: _Forecaster, away: Sequence[str]) -> float:
-    """How much wider the own interval of networks is than that of others, where both were trained.
+def _narrower(away: Mapping[str, _Forecaster], narrow: _Forecaster) -> float:
+    """How much wider the own interval of networks is than that of others, where all were trained.
 
-    The mean over the validation places and the places held out in regions other than those that
-    the first run left out (`away`).
+    The mean over the networks, the validation places and the places held out in regions that these
+    networks were trained on.
+
+    Args:
+        away: networks by the regions that they left out.
+        narrow: the others.
     """
     pairs = [
-        *zip(wide.near(), narrow.near(), strict=True),
-        *((wide.held_out(name), narrow.held_out(name)) for name in wide.others(away)),
+        pair
+        for wide in {id(networks): networks for networks in away.values()}.values()
+        for left in ([name for name, networks in away.items() if networks is wide],)
+        for pair in (
+            *zip(wide.near(), narrow.near(), strict=True),
+            *((wide.held_out(name), narrow.held_out(name)) for name in wide.others(left)),
+        )
     ]
     ratios = [_half_width(a) / _half_width(b) for a, b in pairs if a and b]
     return float(np.exp(np.mean(np.log(ratios))))
@@ -514,8 +543,8 @@ def _labelled_sets(run: Run) -> list[list[PixelSet]]:
 
 
 def _series_sets(run: Run) -> list[list[PixelSet]]:
-    # Bavaria has too few dates to forecast from: half-months from February to August.
-    return [pune_2019(run.data / "pune_2019")]
+    further = unseen_series(run.public) if run.public else ()
+    return [pune_2019(run.data / "pune_2019"), *([pixels] for pixels in further)]
 
 
 def _table_of(sets: Sequence[PixelSet], task: PixelClassification | PixelForecast) -> SeriesTable:
@@ -999,8 +1028,8 @@ def _forecast_lines(report: Report) -> Iterator[str]:
 
 def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield (
-        f"{', '.join(names)}: scored by a run of the same configuration that left all of them out "
-        "of training, each under the calibration fitted on the other ones. The other rows are of "
+        f"{', '.join(names)}: each scored by a run of the same configuration that left it out of "
+        "training, under the calibration fitted on the other ones. The other rows are of "
         f"the bundle's networks and its calibration. {_HOW_SCORED} One seed."
     )
     yield ""
