@@ -26,13 +26,12 @@ from models.forecast_calibration import (
 from training.calibration import equal_quantile, equal_weights
 
 Floats = NDArray[np.floating[Any]]
-# Weight of the disagreement of the networks, power of the distance, and shares of the targets
-# inside the interval: chosen on regions left out (docs/decisions/forecasts.md). The shares are
-# above 0.8, because further places differ from all those that the factors are fitted on.
+# Weight of the disagreement of the networks and power of the distance: chosen on regions left out
+# (docs/decisions/forecasts.md).
 _DISAGREEMENT = 6.0
 _POWER = 0.5
-_FAR_SHARE = 0.82
-_NEAR_SHARE = 0.815
+_SHARE = 0.8
+"""Share of the targets inside the interval."""
 # Inverse strength of the classifier's penalty: strong, because it has to hold for other regions.
 _INVERSE_PENALTY = 0.003
 # Smallest standard deviation by which a number of the embedding is scaled.
@@ -223,8 +222,8 @@ def fit_calibration(
     return Calibration(
         weight=weight,
         bias=float(classifier.intercept_[0] - mean @ weight),
-        near=_factor(near, _NEAR_SHARE),
-        far=_factor([part.damped(damping) for part in far], _FAR_SHARE) * narrower,
+        near=_factor(near),
+        far=_factor([part.damped(damping) for part in far]) * narrower,
         damping=damping,
     )
 
@@ -242,9 +241,9 @@ def _damping(parts: Sequence[Forecasts]) -> Floats:
     return np.asarray(fit.coef_, np.float64)
 
 
-def _factor(parts: Sequence[Forecasts], share: float) -> float:
-    """Factor whose interval holds a share of the targets; parts have the same weight."""
-    found = equal_quantile([part.ratios() for part in parts], share)
+def _factor(parts: Sequence[Forecasts]) -> float:
+    """Factor whose interval holds `_SHARE` of the targets; parts have the same weight."""
+    found = equal_quantile([part.ratios() for part in parts], _SHARE)
     return 1.0 if found is None else max(found, _LEAST_FACTOR)
 
 
