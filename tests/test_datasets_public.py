@@ -68,13 +68,16 @@ def test_composites_of_both_layouts_are_dated_to_the_middle_of_their_month(tmp_p
     expected[0, 5] = np.nan
     wide = {f"OPTICAL-{band}-ts{t}-10m": stored[:, t, c] for t in range(12)
             for c, band in enumerate(BANDS)}  # fmt: skip
-    pq.write_table(pa.table({"start_date": ["2016-12-01"] * 2, **wide}), tmp_path / "wide.parquet")
+    wide = {"start_date": ["2016-12-01"] * 2, "finetune_class": ["trees", "lakes"], **wide}
+    pq.write_table(pa.table(wide), tmp_path / "wide.parquet")
     rows: dict[str, Any] = {"sample_id": ["a"] * 12 + ["b"] * 12,
             "timestamp": [datetime(m.year, m.month, m.day) for m in months * 2]}  # fmt: skip
     rows |= {f"S2-L2A-{band}": stored[..., c].ravel() for c, band in enumerate(BANDS)}
     pq.write_table(pa.table(rows), tmp_path / "long.parquet")
     long = _long(tmp_path / "long.parquet", "worldcereal", "flanders-fields")
-    for pixels in (_wide(tmp_path / "wide.parquet"), long):
+    fields = _wide(tmp_path / "wide.parquet")
+    assert fields.labels.tolist() == [10, -1]
+    for pixels in (fields, long):
         assert pixels.dates == tuple(month + timedelta(days=14) for month in months)
         np.testing.assert_allclose(pixels.values, expected, rtol=1e-6)
         np.testing.assert_array_equal(pixels.valid, np.isfinite(expected).all(axis=-1))
@@ -133,6 +136,7 @@ def test_statistics_keep_clear_dates_of_the_layer_and_fields_without_long_gaps(
     clear = [day for day in days if day not in (days[2], days[4])]
     assert [day.isoformat() for day in pixels.dates] == clear
     np.testing.assert_allclose(pixels.values, np.full((1, 15, 3), [0.05, 0.1, 0.3]), rtol=1e-6)
+    assert pixels.labels.tolist() == [40]
 
 
 def test_tables_of_grassland_leave_out_clouds_and_snow(tmp_path: Path) -> None:
@@ -155,6 +159,7 @@ def test_tables_of_grassland_leave_out_clouds_and_snow(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels.valid, [[True, False], [False, True]])
     np.testing.assert_allclose(pixels.values[0, 0], [0.04, 0.05, 0.3], rtol=1e-6)
     assert pixels.values[1, 1, 2] == np.float32(0.4)
+    assert pixels.labels.tolist() == [30, 30]
 
 
 @pytest.fixture

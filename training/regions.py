@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from training.config import Run
 from training.datasets import PixelSet
 from training.datasets.level2a import SEASONS, LabelledArea
 from training.datasets.points import bavaria_2018, pune_2019
-from training.datasets.public import unseen_series
+from training.datasets.public import covered_fields, unseen_series
 from training.errors import TrainingError
 from training.evaluate import regular_series
 from training.finetune import WEIGHTS, finetune, is_finished, load_finished, task_of
@@ -530,7 +531,7 @@ def evaluation_sets(run: Run) -> list[list[PixelSet]]:
     """Regions for evaluation only, never for training; labelled if the task needs labels.
 
     Pune's labels state no licence. Bavaria's series are means of fields at level 1C, with clouds.
-    Brazil's are of MODIS.
+    Brazil's are of MODIS. The fields of public repositories are of one class each, or nearly.
     """
     return _KINDS[run.config.task].never_trained_on(run)
 
@@ -539,7 +540,9 @@ def _labelled_sets(run: Run) -> list[list[PixelSet]]:
     if getattr(run.config, "legend", "") != "worldcover":
         return []
     regions = pune_2019(run.data / "pune_2019"), bavaria_2018(run.data / "bavaria_2018")
-    return [*([relabelled(s, WORLDCOVER) for s in sets] for sets in regions), brazil_sets(run.data)]
+    fields = groupby(covered_fields(run.public) if run.public else (), lambda s: s.region)
+    sets = [*regions, *([*own] for _, own in fields)]
+    return [*([relabelled(s, WORLDCOVER) for s in own] for own in sets), brazil_sets(run.data)]
 
 
 def _series_sets(run: Run) -> list[list[PixelSet]]:

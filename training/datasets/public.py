@@ -1,4 +1,4 @@
-"""Series without labels for forecasts: of public repositories, and of small shared data sets.
+"""Series for forecasts, which need no labels: of public repositories, and of small shared sets.
 
 `public` is a folder with files of public repositories as they lie there (docs/how-to/train.md):
 
@@ -49,22 +49,22 @@ _BRIGHTEST = 1.2
 """Reflectance from which a mean is an error."""
 # Snow: NDSI and green reflectance above these (Hall et al. 1995, doi:10.1016/0034-4257(95)00137-P).
 _SNOW_INDEX, _SNOW_GREEN = 0.4, 0.1
+# WorldCover's codes, also by the classes of WorldCereal.
+_GRASS, _CROPS = 30, 40
+_COVERS = {"temporary_crops": _CROPS, "trees": 10, "grasslands": _GRASS, "built_up": 50}
 _CLEAR_SCORE = 0.6
 """Cloud Score+ from which Google's documentation counts a pixel as clear."""
 
 
-def further_series(data: Path, public: Path | None = None) -> Iterator[PixelSet]:
+def further_series(data: Path | None, public: Path | None = None) -> Iterator[PixelSet]:
     """Series beside the large sets that forecasts are trained on.
 
     Args:
-        data: folder of the shared data sets.
+        data: folder of the shared data sets; None leaves these out.
         public: folder of the files of public repositories; None leaves them out.
     """
-    yield from _bavaria(data / "bavaria_2018")
-    scene = read_safe_folders(data / "herault_safe_2018")
-    whole = scene.pixels(BANDS)
-    some = whole.valid.sum(axis=1) >= len(whole.dates) // 2
-    yield _set("herault_safe_2018", "herault", whole.dates, whole.values[some])
+    if data is not None:
+        yield from _shared_series(data)
     if public is None:
         return
     yield _chip(public / "worldcereal")
@@ -72,7 +72,29 @@ def further_series(data: Path, public: Path | None = None) -> Iterator[PixelSet]
     yield _wide(public / "worldcereal" / "test_public_extractions.parquet")
     yield _statistics(public / "worldcrops" / "kenya", "AGRICULTURE_L2A", "kenya")
     for path in sorted((public / "geomaize").rglob("*.geoparquet")):
-        yield _long(path, "geomaize", "ghana")
+        yield _long(path, "geomaize", "ghana", _CROPS)
+
+
+def _shared_series(data: Path) -> Iterator[PixelSet]:
+    yield from _bavaria(data / "bavaria_2018")
+    scene = read_safe_folders(data / "herault_safe_2018")
+    whole = scene.pixels(BANDS)
+    some = whole.valid.sum(axis=1) >= len(whole.dates) // 2
+    yield _set("herault_safe_2018", "herault", whole.dates, whole.values[some])
+
+
+def covered_fields(public: Path) -> Iterator[PixelSet]:
+    """Fields whose cover was seen on the ground, with WorldCover's codes as labels.
+
+    They are for evaluation: most regions have one class, and a network that was trained on them
+    takes grassland elsewhere for crops (docs/decisions/regions.md).
+
+    Args:
+        public: folder of the files of public repositories.
+    """
+    for pixels in (*further_series(None, public), *unseen_series(public)):
+        if pixels.labels is not None:
+            yield pixels
 
 
 def unseen_series(public: Path) -> Iterator[PixelSet]:
@@ -89,10 +111,20 @@ def unseen_series(public: Path) -> Iterator[PixelSet]:
     yield _statistics(public / "worldcrops" / "centralasia", "AGRICULTURE_L1C", "uzbekistan")
 
 
-def _set(source: str, region: str, dates: Sequence[date], values: NDArray[np.floating]) -> PixelSet:
-    """At most some of the series (N, T, C), NaN where not usable; none is for validation."""
+def _set(
+    source: str,
+    region: str,
+    dates: Sequence[date],
+    values: NDArray[np.floating],
+    cover: int | Sequence[int] | None = None,
+) -> PixelSet:
+    """At most some of the series (N, T, C), NaN where not usable; none is for validation.
+
+    `cover` is the label of all series, or of each, as WorldCover's code.
+    """
     chosen = np.sort(np.random.default_rng(0).permutation(len(values))[:_MOST])
     kept = values[chosen].astype(np.float32)
+    labels = None if cover is None else np.broadcast_to(cover, len(values))[chosen]
     return PixelSet(
         source=source,
         bands=BANDS,
@@ -101,6 +133,7 @@ def _set(source: str, region: str, dates: Sequence[date], values: NDArray[np.flo
         valid=np.asarray(np.isfinite(kept).all(axis=-1)),
         places=chosen.astype(np.int64),
         validation=np.zeros(len(chosen), dtype=bool),
+        labels=None if labels is None else labels.astype(np.int64),
         region=region,
     )
 
@@ -160,7 +193,7 @@ def _layers(path: Path, name: str) -> tuple[NDArray[np.generic], list[date]]:
     return values, [(since + timedelta(seconds=int(s))).date() for s in offsets]
 
 
-def _long(path: Path, source: str, region: str) -> PixelSet:
+def _long(path: Path, source: str, region: str, cover: int | None = None) -> PixelSet:
     """Monthly composites with one row per field and month."""
     import pyarrow.parquet as pq
 
@@ -171,7 +204,7 @@ def _long(path: Path, source: str, region: str) -> PixelSet:
     column = [months.index(month) for month in rows["timestamp"]]
     values = np.full((len(ids), len(months), len(BANDS)), np.nan)
     values[row, column] = np.stack([rows[name] for name in columns], axis=-1)
-    return _composites(source, region, [month.date() for month in months], values)
+    return _composites(source, region, [month.date() for month in months], values, cover)
 
 
 def _wide(path: Path) -> PixelSet:
@@ -184,17 +217,22 @@ def _wide(path: Path) -> PixelSet:
               for i in range(12)]  # fmt: skip
     names = [[f"OPTICAL-{band}-ts{i}-10m" for i in range(12)] for band in BANDS]
     values = np.stack([[table[n].to_numpy() for n in own] for own in names]).transpose(2, 1, 0)
-    return _composites("worldcereal", "uganda", months, values.astype(float))
+    cover = [_COVERS.get(name, -1) for name in table["finetune_class"].to_pylist()]
+    return _composites("worldcereal", "uganda", months, values.astype(float), cover)
 
 
 def _composites(
-    source: str, region: str, months: Sequence[date], stored: NDArray[np.float64]
+    source: str,
+    region: str,
+    months: Sequence[date],
+    stored: NDArray[np.float64],
+    cover: int | Sequence[int] | None = None,
 ) -> PixelSet:
     """Stored composites (N, T, C), dated to the middle of their months."""
     values = stored * 1e-4
     valid = ((stored > 0) & (stored != _NODATA)).all(axis=-1) & (values[..., 0] < _CLOUDY_BLUE)
     days = [month + timedelta(days=_MONTH_SHIFT) for month in months]
-    return _set(source, region, days, np.where(valid[..., None], values, np.nan))
+    return _set(source, region, days, np.where(valid[..., None], values, np.nan), cover)
 
 
 def _statistics(folder: Path, layer: str, region: str) -> PixelSet:
@@ -219,7 +257,7 @@ def _statistics(folder: Path, layer: str, region: str) -> PixelSet:
     days = sorted({day for field in fields for day in field})
     missing = [np.nan] * len(BANDS)
     values = np.array([[field.get(day, missing) for day in days] for field in fields])
-    return _set("worldcrops", region, days, values)
+    return _set("worldcrops", region, days, values, _CROPS)
 
 
 def _clear_means(response: Mapping[str, Any]) -> Iterator[tuple[date, list[float]]]:
@@ -255,4 +293,4 @@ def _tables(folder: Path, region: str) -> PixelSet:
     days = sorted({day for field in fields.values() for day in field})
     missing = [np.nan] * len(BANDS)
     values = np.array([[field.get(day, missing) for day in days] for field in fields.values()])
-    return _set("mowing", region, days, values)
+    return _set("mowing", region, days, values, _GRASS)
