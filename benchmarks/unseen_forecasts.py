@@ -42,7 +42,7 @@ def unseen(
     """
     further = [*pune_2019(data / "pune_2019"), *further_series(data, public)]
     never = list(unseen_series(public)) if public else []
-    # Kenya's and Uzbekistan's fields are of one repository, but of other places, years and levels.
+    # Kept although a card may name `worldcrops`: of that source only Kenya's fields are trained on.
     new = [pixels for pixels in further if pixels.source not in set(trained)] + never
     for region, found in groupby(new, key=lambda pixels: str(pixels.region)):
         sets = list(found)

@@ -3,13 +3,14 @@
     python scripts/public_series.py ../public
 
 Each part is read at one commit, so that a training can be repeated after the repository has
-changed. Parts whose folder exists are skipped. Together they have about 400 MB, most of them in
+changed. Parts whose target exists are skipped. Together they have about 400 MB, most of them in
 small files. `training/datasets/public.py` reads the folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ _WORLDCROPS = "ESA-PhiLab/WorldCrops"
 _MOWING = "simonopravil/gee-mowing-detection"
 _RESOURCES = "tests/worldcerealtests/testresources"
 _CHIP = f"{_RESOURCES}/worldcerealtraining/0000280849BAC91C"
+_OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 _STATISTICS = "data/cropdata/FIS_Request"
 
 
@@ -50,7 +52,7 @@ PARTS = (
         ),
         target="worldcereal/data_0.parquet",
     ),
-    # Deleted later.
+    # Later commits of the repository do not have these files.
     *(
         Part(
             repository=_WORLDCEREAL,
@@ -60,7 +62,7 @@ PARTS = (
         )
         for name in ("S2_L2A_10m", "S2_L2A_20m")
     ),
-    # Deleted later.
+    # Later commits of the repository do not have these files.
     *(
         Part(
             repository=_WORLDCROPS,
@@ -102,7 +104,7 @@ def fetch(part: Part, folder: Path, base: str) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as clone:
 
         def git(*words: str) -> None:
-            subprocess.run(["git", "-C", clone, *words], check=True)
+            subprocess.run(["git", "-C", clone, *words], check=True, env=_outside())
 
         git("init", "--quiet")
         git("remote", "add", "origin", f"{base}/{part.repository}")
@@ -115,6 +117,11 @@ def fetch(part: Part, folder: Path, base: str) -> None:
         target = folder / part.target
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(Path(clone) / part.path, target)
+
+
+def _outside() -> dict[str, str]:
+    """The environment without what names another repository, as in a hook of git."""
+    return {name: value for name, value in os.environ.items() if name not in _OF_A_HOOK}
 
 
 def main() -> None:

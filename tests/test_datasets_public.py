@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from datetime import date, datetime, timedelta
@@ -17,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 
+from tests.kits.programs import require
 from training.config import BANDS
 from training.datasets.public import (
     _chip,
@@ -123,7 +126,7 @@ def test_statistics_keep_clear_dates_of_the_layer_and_fields_without_long_gaps(
     cases = {
         "a": ("AGRICULTURE_L2A", days),
         "another level": ("AGRICULTURE_L1C", days),
-        "a gap": ("AGRICULTURE_L2A", [*days[:8], *days[11:], "2020-01-01"]),
+        "a gap": ("AGRICULTURE_L2A", [*days[:8], *days[11:], "2020-01-01", "2020-01-21"]),
         "few dates": ("AGRICULTURE_L2A", days[:15]),
     }
     for name, (layer, own) in cases.items():
@@ -177,6 +180,12 @@ def test_parts_are_read_at_their_commit(script: Any, tmp_path: Path, monkeypatch
         command = ["git", "-C", str(tmp_path / "base" / "team" / "repo"), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
+    require(shutil.which("git"), "git", "git")
+    # Neither the repository of a hook that starts the tests nor settings such as signed commits.
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     kept = tmp_path / "base" / "team" / "repo" / "data" / "fields" / "a.csv"
     kept.parent.mkdir(parents=True)
     kept.write_text("first")

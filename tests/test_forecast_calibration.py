@@ -393,3 +393,7 @@ class TestRuns:
     def test_a_run_that_left_one_region_out_is_named(self, runs: Path) -> None:
         with pytest.raises(NoRegions, match="one: 1 regions are left out"):
             evaluate_runs(runs / "last", [runs / "one"], self.plan(runs))
+
+    def test_a_region_that_two_runs_left_out_is_named(self, runs: Path) -> None:
+        with pytest.raises(NoRegions, match="flanders: left out by two runs"):
+            evaluate_runs(runs / "last", [runs / "without", runs / "one"], self.plan(runs))

@@ -56,7 +56,8 @@ Settings = Annotated[
 Public = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of series of public repositories, for forecasts: see docs/how-to/train.md."
+        help="Folder of series of public repositories, for forecasts and for the regions of "
+        "pixels-landcover: see docs/how-to/train.md."
     ),
 ]
 Version = Annotated[

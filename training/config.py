@@ -281,7 +281,8 @@ class Run(_Frozen):
     romania: Path | None = None
     """The Romania cube of nrt 0.2.1, as series for forecasts; None leaves it out."""
     public: Path | None = None
-    """Folder of the files of `training.datasets.public`, for forecasts; None leaves them out."""
+    """Folder of the files of `training.datasets.public`: series for forecasts, and regions that
+    land cover is evaluated on; None leaves them out."""
 
     @field_validator("pretrained", mode="before")
     @classmethod

@@ -228,12 +228,17 @@ def evaluate_runs(trained: Path, without: Sequence[Path], plan: Plan) -> Report:
         plan: `run` gives data for evaluation only; `only`, `baselines` and `device` do not count.
 
     Raises:
-        NoRegions: a run is not of forecasts, or the others leave out too few regions.
+        NoRegions: a run is not of forecasts, or the others leave out too few regions, or two of
+            them the same one.
     """
     run, ours = _forecaster(trained, plan.folder)
     away: dict[str, _Forecaster] = {}
     for path in without:
         settings, networks = _forecaster(path, plan.folder)
+        if twice := away.keys() & set(settings.left_out):
+            raise NoRegions(
+                f"{', '.join(sorted(twice))}: left out by two runs of --without; give one of them"
+            )
         away |= dict.fromkeys(settings.left_out, networks)
     if len(away) < _FEWEST_REGIONS:
         raise NoRegions(
@@ -421,8 +426,8 @@ def _calibrated_report(
 def _narrower(away: Mapping[str, _Forecaster], narrow: _Forecaster) -> float:
     """How much wider the own interval of networks is than that of others, where all were trained.
 
-    The mean over the networks, the validation places and the places held out in regions that these
-    networks were trained on.
+    The geometric mean over the networks of `away`. Each is compared on the validation places and on
+    the held-out places of the regions that it was trained on.
 
     Args:
         away: networks by the regions that they left out.
@@ -709,7 +714,8 @@ def _class_lines(report: Report) -> Iterator[str]:
     yield (
         f"Each region was left out of training completely, and {calibrated} "
         + (
-            "`pune`, `bavaria` and `brazil` are never trained on. "
+            "`pune`, `bavaria`, `brazil` and the fields of public repositories are never trained "
+            "on. "
             if "pune" in report.regions
             else ""
         )
@@ -1023,7 +1029,8 @@ _HOW_SCORED = (
 def _forecast_lines(report: Report) -> Iterator[str]:
     yield (
         "Each region was left out of training completely, and its forecasts are calibrated on the "
-        f"other regions left out. {_HOW_SCORED} `pune` is never trained on. One seed."
+        f"other regions left out. {_HOW_SCORED} `pune` and, with --public, `slovakia`, "
+        "`switzerland` and `uzbekistan` are never trained on. One seed."
     )
     yield ""
     yield from _forecast_table(report.regions)

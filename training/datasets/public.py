@@ -71,8 +71,8 @@ def further_series(data: Path | None, public: Path | None = None) -> Iterator[Pi
     yield _long(public / "worldcereal" / "data_0.parquet", "worldcereal", "flanders-fields")
     yield _wide(public / "worldcereal" / "test_public_extractions.parquet")
     yield _statistics(public / "worldcrops" / "kenya", "AGRICULTURE_L2A", "kenya")
-    for path in sorted((public / "geomaize").rglob("*.geoparquet")):
-        yield _long(path, "geomaize", "ghana", _CROPS)
+    for i, path in enumerate(sorted((public / "geomaize").rglob("*.geoparquet"))):
+        yield _long(path, "geomaize", "ghana", _CROPS, _MOST * i)
 
 
 def _shared_series(data: Path) -> Iterator[PixelSet]:
@@ -117,10 +117,17 @@ def _set(
     dates: Sequence[date],
     values: NDArray[np.floating],
     cover: int | Sequence[int] | None = None,
+    first: int = 0,
 ) -> PixelSet:
     """At most some of the series (N, T, C), NaN where not usable; none is for validation.
 
-    `cover` is the label of all series, or of each, as WorldCover's code.
+    Args:
+        source: name of the data set.
+        region: name of the region.
+        dates: (T).
+        values: reflectance (N, T, C).
+        cover: label of all series, or of each, as WorldCover's code.
+        first: number of the first place, so that sets of one source have places of their own.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(len(values))[:_MOST])
     kept = values[chosen].astype(np.float32)
@@ -131,7 +138,7 @@ def _set(
         dates=tuple(dates),
         values=kept,
         valid=np.asarray(np.isfinite(kept).all(axis=-1)),
-        places=chosen.astype(np.int64),
+        places=first + chosen.astype(np.int64),
         validation=np.zeros(len(chosen), dtype=bool),
         labels=None if labels is None else labels.astype(np.int64),
         region=region,
@@ -146,11 +153,11 @@ def _bavaria(folder: Path) -> Iterator[PixelSet]:
         yield _set(
             fields.source, "bavaria", fields.dates, np.where(clear[..., None], values, np.nan)
         )
-    for field in sorted((folder / "sentinelhub_10m").iterdir()):
-        yield _field(field)
+    for i, field in enumerate(sorted((folder / "sentinelhub_10m").iterdir()), start=1):
+        yield _field(field, _MOST * i)
 
 
-def _field(folder: Path) -> PixelSet:
+def _field(folder: Path, first: int) -> PixelSet:
     """Pixels of a field as sentinelhub-py keeps them: cloud, data, B01 to B08 and further bands."""
     layers = {}
     for one in folder.iterdir():
@@ -169,7 +176,7 @@ def _field(folder: Path) -> PixelSet:
     inside = np.flatnonzero(valid.mean(axis=1) > 0.6)
     chosen = np.random.default_rng(0).permutation(inside)[:_OF_A_FIELD]
     kept = np.where(valid[chosen][..., None], values[chosen], np.nan)
-    return _set("bavaria_2018", "bavaria", days, kept)
+    return _set("bavaria_2018", "bavaria", days, kept, first=first)
 
 
 def _chip(folder: Path) -> PixelSet:
@@ -193,7 +200,9 @@ def _layers(path: Path, name: str) -> tuple[NDArray[np.generic], list[date]]:
     return values, [(since + timedelta(seconds=int(s))).date() for s in offsets]
 
 
-def _long(path: Path, source: str, region: str, cover: int | None = None) -> PixelSet:
+def _long(
+    path: Path, source: str, region: str, cover: int | None = None, first: int = 0
+) -> PixelSet:
     """Monthly composites with one row per field and month."""
     import pyarrow.parquet as pq
 
@@ -204,7 +213,7 @@ def _long(path: Path, source: str, region: str, cover: int | None = None) -> Pix
     column = [months.index(month) for month in rows["timestamp"]]
     values = np.full((len(ids), len(months), len(BANDS)), np.nan)
     values[row, column] = np.stack([rows[name] for name in columns], axis=-1)
-    return _composites(source, region, [month.date() for month in months], values, cover)
+    return _composites(source, region, [month.date() for month in months], values, cover, first)
 
 
 def _wide(path: Path) -> PixelSet:
@@ -227,12 +236,13 @@ def _composites(
     months: Sequence[date],
     stored: NDArray[np.float64],
     cover: int | Sequence[int] | None = None,
+    first: int = 0,
 ) -> PixelSet:
     """Stored composites (N, T, C), dated to the middle of their months."""
     values = stored * 1e-4
     valid = ((stored > 0) & (stored != _NODATA)).all(axis=-1) & (values[..., 0] < _CLOUDY_BLUE)
     days = [month + timedelta(days=_MONTH_SHIFT) for month in months]
-    return _set(source, region, days, np.where(valid[..., None], values, np.nan), cover)
+    return _set(source, region, days, np.where(valid[..., None], values, np.nan), cover, first)
 
 
 def _statistics(folder: Path, layer: str, region: str) -> PixelSet:
