@@ -255,7 +255,7 @@ def evaluate_runs(trained: Path, without: Sequence[Path], plan: Plan) -> Report:
     for name, networks in away.items():
         others = [n for n in names if n != name]
         fitted = fit_calibration(
-            [_uncalibrated(o, networks.distance) for o in networks.near()],
+            networks.validation,
             [far[n] for n in others],
             embeddings=networks.embeddings([*others, *networks.others(names)]),
         )
@@ -265,7 +265,7 @@ def evaluate_runs(trained: Path, without: Sequence[Path], plan: Plan) -> Report:
     if ours is not before:
         nearness = ours.nearness(ours.trained_on(), unit=before.distance.unit)
     fitted = fit_calibration(
-        [_uncalibrated(o, before.distance) for o in before.near()],
+        before.validation,
         list(far.values()),
         embeddings=ours.embeddings([*names, *ours.others(names)]),
         narrower=_narrower(away, before),
@@ -347,6 +347,11 @@ class _Forecaster:
     def distance(self) -> Nearness:
         """How far an embedding lies from the training series of all regions of the run."""
         return self.nearness(self.trained_on())
+
+    @cached_property
+    def validation(self) -> list[Forecasts]:
+        """Forecasts on the validation places, as `near` has them, before calibration."""
+        return [_uncalibrated(own, self.distance) for own in self.near()]
 
     def uncalibrated(self, region: str) -> Forecasts:
         """Forecasts of a region from every month, before calibration."""

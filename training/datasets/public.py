@@ -264,10 +264,7 @@ def _statistics(folder: Path, layer: str, region: str) -> PixelSet:
         ordinals = sorted(day.toordinal() for day in found)
         if len(ordinals) >= _FEWEST_CLEAR and np.diff(ordinals).max() <= _LONGEST_GAP:
             fields.append(found)
-    days = sorted({day for field in fields for day in field})
-    missing = [np.nan] * len(BANDS)
-    values = np.array([[field.get(day, missing) for day in days] for field in fields])
-    return _set("worldcrops", region, days, values, _CROPS)
+    return _fields("worldcrops", region, fields, _CROPS)
 
 
 def _clear_means(response: Mapping[str, Any]) -> Iterator[tuple[date, list[float]]]:
@@ -300,7 +297,14 @@ def _tables(folder: Path, region: str) -> PixelSet:
                 if mask and score >= _CLEAR_SCORE and not snow:
                     own = fields.setdefault(row["plotID"], {})
                     own[date.fromisoformat(row["Date"])] = [blue, red, nir]
-    days = sorted({day for field in fields.values() for day in field})
+    return _fields("mowing", region, list(fields.values()), _GRASS)
+
+
+def _fields(
+    source: str, region: str, fields: Sequence[Mapping[date, list[float]]], cover: int
+) -> PixelSet:
+    """Fields of one cover, each with the means of its clear dates, on the dates of all."""
+    days = sorted({day for field in fields for day in field})
     missing = [np.nan] * len(BANDS)
-    values = np.array([[field.get(day, missing) for day in days] for field in fields.values()])
-    return _set("mowing", region, days, values, _GRASS)
+    values = np.array([[field.get(day, missing) for day in days] for field in fields])
+    return _set(source, region, days, values, cover)
