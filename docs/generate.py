@@ -212,7 +212,8 @@ def _card(card: ModelCard) -> list[str]:
         facts.append(f"- Embedding: {card.embedding} numbers")
     variants = ", ".join(f"{v.name} ({v.bytes / 1e6:.1f} MB)" for v in card.variants)
     facts += [f"- Variants: {variants}", f"- Licence: {card.licence}"]
-    return [f"## {card.name}", "", card.description, "", *facts, *_scores(card.metrics)]
+    use = ["", f"**Intended use.** {card.intended_use}"] if card.intended_use else []
+    return [f"## {card.name}", "", card.description, *use, "", *facts, *_scores(card.metrics)]
 
 
 def _scores(metrics: Mapping[str, Any]) -> list[str]:

@@ -36,6 +36,10 @@ OUTPUTS: dict[Task, str] = {
 }
 
 
+Box = tuple[float, float, float, float]
+"""West, south, east and north in degrees."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -232,6 +236,12 @@ class ModelCard(_Frozen):
     """Smallest and largest pixel size of the training imagery, metres; None if unknown."""
     regions: dict[str, Any] = {}
     """Scores on regions that were entirely held out, by region: accuracy or error, calibration."""
+    intended_use: str = ""
+    """What the model's results are good for; empty if the bundle does not state it."""
+    extent: tuple[Box, ...] = ()
+    """Boxes around the places whose labels, or for a forecast whose series, the model was trained
+    on, degrees; empty if they are unknown or the model has no labels. Points scattered over the
+    world are in no box."""
     licence: str
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -253,6 +263,30 @@ class ModelCard(_Frozen):
     def output(self) -> str:
         """Name of the graph's output."""
         return OUTPUTS[self.task]
+
+    def use_in_answers(self) -> dict[str, str]:
+        """`intended_use` as a member of a JSON answer; empty if the bundle does not state it."""
+        return {"intended_use": self.intended_use} if self.intended_use else {}
+
+    def worst_elsewhere(self) -> str:
+        """The lowest scores among `regions` in words; empty if there are none."""
+        accuracy, rmse, coverage = (
+            [_value(region[score]) for region in self.regions.values() if region.get(score)]
+            for score in ("accuracy", "rmse", "coverage")
+        )
+        if accuracy and self.classes:
+            what = "pixels" if self.modality == "pixel" else "patches"
+            return (
+                "where a region was left out of its training, as few as "
+                f"{100 * min(accuracy):.0f} % of the {what} were right"
+            )
+        if rmse and coverage:
+            return (
+                "where a region was left out of its training, the RMSE was up to "
+                f"{max(rmse):.2f}, and as few as {100 * min(coverage):.0f} % of the values were "
+                "in the 80 % prediction interval"
+            )
+        return ""
 
     @model_validator(mode="after")
     def _fits_its_task(self) -> ModelCard:
@@ -280,8 +314,15 @@ class ModelCard(_Frozen):
             raise ValueError(
                 "'pixel_size' must be the smallest and the largest size in metres, above 0"
             )
+        if not all(w <= e and -90 <= s <= n <= 90 for w, s, e, n in self.extent):
+            raise ValueError("a box of 'extent' must be west, south, east and north in degrees")
         if [c.value for c in self.classes] != list(range(len(self.classes))):
             raise ValueError("the values of 'classes' must be 0, 1, 2 and so on, in this order")
         if self.variants[0].name != "float32" or self.variants[0].sha256 != self.sha256:
             raise ValueError("the first variant must be float32, with the card's sha256")
         return self
+
+
+def _value(score: Any) -> float:  # noqa: ANN401 - JSON
+    """A score, without the limits of its interval."""
+    return float(score[0] if isinstance(score, list | tuple) else score)

@@ -48,6 +48,10 @@ _EQUAL_AREA = 0.005
 _TURN = 360.0
 _NODES = 9
 """Number of points along each side of a grid at which the projection's areas are checked."""
+_RADIUS_KM = 6371.0
+"""Radius of a sphere with about the Earth's distances."""
+_EDGE = np.linspace(0.0, 1.0, 17)
+"""Positions along the sides of a box at which distances are measured, shares of a side."""
 # Largest distance between points at which areas are computed. Linear interpolation between them has
 # an error of at most 0.001 %.
 _NODE_PIXELS = 64
@@ -295,15 +299,7 @@ class Grid:
             crs: CRS of the box.
             margin: share of the grid's extent by which the box is larger on each side.
         """
-        across, down = np.meshgrid(np.linspace(0, 1, _NODES), np.linspace(0, 1, _NODES))
-        columns, rows = across.ravel() * self.width, down.ravel() * self.height
-        place = self.transform
-        xs, ys = transformed(
-            self.crs,
-            crs,
-            place.a * columns + place.b * rows + place.c,
-            place.d * columns + place.e * rows + place.f,
-        )
+        xs, ys = self._lattice(crs)
         if not np.isfinite([xs, ys]).all():
             return None
         margin_x, margin_y = margin * np.ptp(xs), margin * np.ptp(ys)
@@ -313,6 +309,39 @@ class Grid:
             float(xs.max() + margin_x),
             float(ys.max() + margin_y),
         )
+
+    def _lattice(self, crs: CRS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """X and y in a CRS of points in equal distances on the grid; NaN where they are unknown."""
+        across, down = np.meshgrid(np.linspace(0, 1, _NODES), np.linspace(0, 1, _NODES))
+        columns, rows = across.ravel() * self.width, down.ravel() * self.height
+        place = self.transform
+        xs = place.a * columns + place.b * rows + place.c
+        return transformed(self.crs, crs, xs, place.d * columns + place.e * rows + place.f)
+
+    def kilometres_from(self, boxes: Sequence[tuple[float, float, float, float]]) -> float | None:
+        """Distance from the nearest of some boxes, km; None if the CRS is not one of the Earth.
+
+        The least great-circle distance between points on a lattice over the grid and points along
+        the edges of the boxes, 0 if a point of the grid lies in a box. A sphere is up to 0.5 % off.
+
+        Args:
+            boxes: west, south, east and north of each, degrees; at least one.
+        """
+        lon, lat = self._lattice(_DEGREES)
+        known = np.isfinite(lon) & np.isfinite(lat)
+        if not known.any():
+            return None
+        lon, lat = lon[known], lat[known]
+        west, south, east, north = np.array(boxes).T[..., None]
+        along, up = np.array([(t, s) for t in _EDGE for s in _EDGE if {t, s} & {0.0, 1.0}]).T
+        edges = np.stack([west + along * (east - west), south + up * (north - south)])
+        inside = (lat >= south) & (lat <= north) & ((lon - west) % _TURN <= east - west)
+        if inside.any():
+            return 0.0
+        x, y = np.radians(edges.reshape(2, 1, -1))
+        lon, lat = np.radians(lon)[:, None], np.radians(lat)[:, None]
+        chord = np.sin((y - lat) / 2) ** 2 + np.cos(y) * np.cos(lat) * np.sin((x - lon) / 2) ** 2
+        return float(2 * _RADIUS_KM * np.arcsin(np.sqrt(np.clip(chord.min(), 0.0, 1.0))))
 
     def away(self, lonlat: Sequence[tuple[float, float]] = ()) -> str:
         """Where the grid is, for a message about places that are all outside it.

@@ -160,6 +160,8 @@ def test_from_the_demo_to_a_map_a_pixel_and_a_file(page: Page, folder: Path) -> 
         page.click("text=Zip with QGIS style")
     assert download.value.suggested_filename == "result.zip"
     expect(page.locator("#result-body")).to_contain_text("no_cloud_mask")
+    expect(page.locator("#result-body > .hint")).to_contain_text("A first look at broad land cover")
+    expect(page.locator("#model-text")).to_contain_text("A first look at broad land cover")
     page.click("#map", position={"x": 300, "y": 300})
     page.wait_for_selector("#pixel-body .chart")
     expect(page.locator("#pixel-body .plots canvas")).to_have_count(3)

@@ -228,3 +228,56 @@ def test_crs_without_an_epsg_code_are_compared_by_definition() -> None:
     sinusoidal.check_same("a", grid("+proj=sinu +R=6371007.181 +units=m", NORTH_UP), "b")
     with pytest.raises(GridMismatch, match="CRS"):
         sinusoidal.check_same("a", grid("+proj=sinu +R=6371007.181 +lon_0=9", NORTH_UP), "b")
+
+
+def boxed(west: float, south: float, east: float, north: float) -> Grid:
+    """A grid in degrees."""
+    shape = Affine((east - west) / 40, 0, west, 0, -(north - south) / 30, north)
+    return grid("EPSG:4326", shape)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [(-122.5, 34.6, -118.5, 40.5)],
+        [(-122.5, 34.6, -118.5, 40.5), (140.9, -39.2, 150.0, -33.9), (3.0, 50.8, 3.1, 50.9)],
+        [(-60.5, -18.3, -46.3, -9.3)],
+    ],
+)
+@pytest.mark.parametrize("at", [(73.4, 18.1), (22.1, 45.2), (-100.0, 38.0), (179.9, -41.0)])
+def test_the_distance_from_boxes_is_geodesic_to_a_per_cent(
+    at: tuple[float, float], boxes: list[tuple[float, float, float, float]]
+) -> None:
+    """Against geodesics from the grid's middle to points all along the boxes' edges."""
+    lon, lat = at
+    small = boxed(lon - 0.01, lat - 0.01, lon + 0.01, lat + 0.01)
+    fine = np.linspace(0, 1, 300)
+    edges = []
+    for west, south, east, north in boxes:
+        x, y = west + fine * (east - west), south + fine * (north - south)
+        edges += [
+            *zip(x, np.full(300, south), strict=True),
+            *zip(x, np.full(300, north), strict=True),
+        ]
+        edges += [
+            *zip(np.full(300, west), y, strict=True),
+            *zip(np.full(300, east), y, strict=True),
+        ]
+    x, y = np.array(edges).T
+    away = Geod(ellps="WGS84").inv(np.full(len(x), lon), np.full(len(x), lat), x, y)[2] / 1000
+    assert small.kilometres_from(boxes) == pytest.approx(away.min(), rel=0.01)
+
+
+def test_a_grid_in_or_around_a_box_is_no_distance_away() -> None:
+    box = (3.0, 50.8, 3.1, 50.9)
+    assert boxed(3.02, 50.82, 3.08, 50.88).kilometres_from([box]) == 0
+    assert boxed(3.05, 50.85, 3.3, 51.0).kilometres_from([box]) == 0
+    assert grid("EPSG:32631", Affine(10, 0, 5e5, 0, -10, 5.635e6)).kilometres_from([box]) == 0
+    # No point of the lattice lies in the box, but some are near.
+    assert boxed(0, 48, 6, 54).kilometres_from([box]) < 60
+    assert boxed(179, -1, 181, 1).kilometres_from([(-179.5, -1, -179, 1)]) == 0
+
+
+def test_a_grid_that_is_nowhere_on_earth_has_no_distance() -> None:
+    local = 'LOCAL_CS["site",UNIT["metre",1],AXIS["x",EAST],AXIS["y",NORTH]]'
+    assert grid(local, Affine(10, 0, 0, 0, -10, 0)).kilometres_from([(0, 0, 1, 1)]) is None

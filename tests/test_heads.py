@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.warp
+from affine import Affine
 from typer.testing import CliRunner
 
 from benchmarks.serving import served
@@ -147,6 +148,13 @@ def test_the_card_states_what_it_was_made_of(api, made) -> None:
     assert {c["name"] for c in card["classes"]} == set(NAMES)
     assert len({c["color"] for c in card["classes"]}) == 3
     assert card["pixel_size"] == [pytest.approx(10, abs=0.1)] * 2
+    assert card["intended_use"].startswith("A map of your own classes near your labels.")
+    ((west, south, east, north),) = card["extent"]
+    places = np.array([f["geometry"]["coordinates"] for f in labelled()])
+    # The box ends with the pixels, whose middles the labels are.
+    assert (places - [west, south] > 0).all()
+    assert ([east, north] - places > 0).all()
+    assert np.ptp(places, axis=0) == pytest.approx([east - west, north - south], rel=0.05)
     metrics = card["metrics"]
     assert metrics["n"] == 60
     assert metrics["labels"] == dict.fromkeys(NAMES, 20)
@@ -158,6 +166,26 @@ def test_the_card_states_what_it_was_made_of(api, made) -> None:
     assert metrics["separation_pixels"] >= 1.5
     assert card["training_data"][0]["n"] == 60
     assert "6 dates from 2021-01-15 to 2021-11-15" in card["training_data"][0]["source"]
+
+
+def test_a_map_far_from_the_labels_has_a_warning(api, tmp_path, made) -> None:
+    for place, warned in ((5e5, False), (5.9e5, False), (8e5, True)):
+        sent = []
+        for day, values in zip(DATES, reflectance(), strict=True):
+            path = tmp_path / f"scene_{day}.tif"
+            moved = Affine(10, 0, place, 0, -10, NORTH_UP.f)
+            write(path, (values * 1e4).astype(np.uint16), descriptions=BANDS[:4], transform=moved)
+            sent.append(("files", (path.name, path.read_bytes(), "image/tiff")))
+        answer = api.post(
+            "/classify-pixels",
+            files=sent,
+            data={"model": "my-crops"},
+            headers={"Accept": "application/json"},
+        ).json()
+        codes = {one["code"]: one["detail"] for one in answer["warnings"]}
+        assert ("outside_training" in codes) is warned
+        if warned:
+            assert "'my-crops@1.0.0' was trained on. A map of your own" in codes["outside_training"]
 
 
 def test_the_scores_are_those_of_labels_that_it_never_saw(api, files) -> None:

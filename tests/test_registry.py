@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 from datetime import date, timedelta
 from pathlib import Path
@@ -22,6 +23,9 @@ from models.registry import (
     load_bundle,
     read_checksums,
 )
+from training.card import DESCRIPTIONS
+from training.export import VersionNotRaised, describe
+from training.licences import sensed
 
 
 def card(content: bytes = b"onnx", **changes: Any) -> dict[str, Any]:
@@ -180,6 +184,8 @@ class TestCard:
             ({"classes": [{"value": 3, "name": "x", "color": "#000000"}]}, "must be 0, 1, 2"),
             ({"pixel_size": [20, 10]}, "smallest and the largest"),
             ({"pixel_size": [0, 10]}, "smallest and the largest"),
+            ({"extent": [[5, 50, 4, 51]]}, "west, south, east and north"),
+            ({"extent": [[50, 4, 51, 95]]}, "west, south, east and north"),
         ],
     )
     def test_a_card_that_contradicts_itself_is_rejected(
@@ -359,6 +365,15 @@ class TestZoo:
             assert ("modis" in card.sensors) == ("modis_brazil" in learned)
             assert card.pixel_size == (10.0, 250.0 if "modis" in card.sensors else 10.0)
 
+    def test_every_card_states_its_use_and_where_it_was_trained(self) -> None:
+        for bundle in Registry.load(ZOO).bundles.values():
+            card = bundle.card
+            assert card.intended_use == DESCRIPTIONS[card.name].use != ""
+            assert card.description == DESCRIPTIONS[card.name].text
+            assert card.extent == sensed(card.training_data)["extent"]
+            assert bool(card.extent) is (card.task != "embed")
+            assert bool(card.worst_elsewhere()) is (card.task != "embed")
+
     def test_a_patch_costs_at_most_half_a_gigaflop(self) -> None:
         card = Registry.load(ZOO).bundles["landcover-eurosat"].card
         assert card.training["megaflop"] < 500
@@ -377,3 +392,16 @@ class TestZoo:
         assert {1, 2, 3, 5, 61, 69, 75, 176} < {c.code for c in crops}
         assert {c.code for c in registry.bundles["pixels-landcover"].card.classes} >= {10, 30, 40}
         assert len(registry.bundles["landcover-eurosat"].card.classes) == 10
+
+    def test_a_card_is_described_again(self, tmp_path: Path) -> None:
+        """`python -m training describe` writes the fields of the code; files stay as they are."""
+        folder = tmp_path / "embed-patch"
+        shutil.copytree(ZOO / "embed-patch", folder)
+        path = folder / "card.json"
+        card = json.loads(path.read_text())
+        path.write_text(json.dumps({**card, "description": "", "intended_use": "", "sensors": []}))
+        with pytest.raises(VersionNotRaised, match=card["version"]):
+            describe(folder, version=card["version"])
+        describe(folder, version="9.0.0")
+        assert json.loads(path.read_text()) == {**card, "version": "9.0.0"}
+        assert load_bundle(folder).card.version == "9.0.0"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import httpx
 import numpy as np
 import pytest
+import rasterio
 from affine import Affine
+from pyproj import Geod
 from rasterio.warp import transform
 
 from benchmarks.serving import served
@@ -222,6 +227,110 @@ def test_a_warning_states_how_much_the_patches_cover(
     hectares = sum(entry["hectares"] for entry in body["classes"])
     assert hectares == pytest.approx(share * side**2 / 100)
     assert ("area_not_covered" in warnings_of(response)) is (share < 0.95)
+
+
+# outside_training -----------------------------------------------------------------------------
+
+USE = "A first look."
+REGIONS = {
+    "here": {"accuracy": [0.61, 0.5, 0.7]},
+    "there": {"accuracy": 0.454},
+}
+# The stacks are at 3.0 degrees east and 50.5 degrees north.
+EXTENTS = {
+    "around": [(2.0, 50.0, 4.0, 51.0)],
+    "beside": [(-100.0, 30.0, -90.0, 40.0), (4.0, 50.0, 5.0, 51.0)],
+    "away": [(-100.0, 30.0, -90.0, 40.0), (6.0, 50.0, 7.0, 51.0)],
+}
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Models that were trained around, beside and away from the stacks' place."""
+    root = tmp_path_factory.mktemp("placed")
+    for name, extent in EXTENTS.items():
+        card = {"extent": extent, "intended_use": USE, "regions": REGIONS, "default": False}
+        write_bundle(root, name, "classify-pixels", "pixel", **CARD, **card)
+    scores = {"here": {"rmse": 0.1, "coverage": 0.9}, "there": {"rmse": 0.226, "coverage": 0.671}}
+    away = {"extent": EXTENTS["away"], "regions": scores, "default": False}
+    write_bundle(root, "forecast-away", "forecast", "pixel", **CARD, **away)
+    with served(model_dir=root) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("model", "warned"), [("around", 0), ("beside", 0), ("away", 1)])
+def test_a_raster_far_from_the_training_places_has_a_warning(
+    placed: httpx.Client, tmp_path: Path, model: str, warned: bool
+) -> None:
+    response = ask(placed, "classify-pixels", stack(tmp_path), model=model)
+    warnings = warnings_of(response)
+    assert ("outside_training" in warnings) is bool(warned)
+    if warned:
+        # From the stack, at 3.0 degrees east, to the box at 6.0 degrees.
+        kilometres = re.search(r"about (\d+) km", warnings["outside_training"])[1]
+        geodesic = Geod(ellps="WGS84").inv(3.001, 50.549, 6.0, 50.549)[2] / 1000
+        assert float(kilometres) == pytest.approx(geodesic, rel=0.01)
+        assert warnings["outside_training"] == (
+            f"the raster is about {kilometres} km from the nearest place that 'away@0.0.1' was "
+            "trained on; where a region was left out of its training, as few as 45 % of the pixels "
+            "were right. A first look."
+        )
+
+
+def test_the_warning_of_a_forecast_has_the_errors_of_forecasts(
+    placed: httpx.Client, tmp_path: Path
+) -> None:
+    response = ask(placed, "forecast", stack(tmp_path), model="forecast-away")
+    assert "intended_use" not in response.json()
+    assert warnings_of(response)["outside_training"].endswith(
+        "the RMSE was up to 0.23, and as few as 67 % of the values were in the 80 % prediction "
+        "interval."
+    )
+
+
+def test_every_answer_states_what_it_is_good_for(placed: httpx.Client, tmp_path: Path) -> None:
+    files, data = stack(tmp_path), {"model": "away"}
+    lon, lat = transform(UTM, "EPSG:4326", [500_035], [5_599_965])
+    feature = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [lon[0], lat[0]]}}
+    points = json.dumps({"type": "FeatureCollection", "features": [feature]})
+    corners = [(-0.1, -0.1), (-0.1, 0.1), (0.1, 0.1), (0.1, -0.1), (-0.1, -0.1)]
+    ring = [(lon[0] + x, lat[0] + y) for x, y in corners]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {},
+    }
+    text = json.dumps({"type": "FeatureCollection", "features": [feature]})
+    fields = [*files, ("fields", ("fields.geojson", text, "application/geo+json"))]
+    answers = [
+        ask(placed, "classify-pixels", files, **data),
+        placed.post("/classify-pixels", files=files, data={**data, "points": points}),
+        placed.post("/classify-pixels", files=fields, data=data),
+        placed.post(
+            "/classify-pixels",
+            files=files,
+            data={**data, "outputs": "polygons"},
+            headers={"Accept": "application/geo+json"},
+        ),
+    ]
+    for answer in answers:
+        assert answer.json()["intended_use"] == USE
+        assert "outside_training" in warnings_of(answer)
+    values = dict.fromkeys(("B02", "B04", "B08"), [0.1] * 12)
+    one = {"id": "a", "dates": [str(d) for d in YEAR], **values}
+    series = placed.post("/classify-pixels", json={"series": [one], **data})
+    assert series.status_code == 200, series.text
+    assert series.json()["intended_use"] == USE
+    assert "outside_training" not in warnings_of(series)
+    archive = placed.post(
+        "/classify-pixels", files=files, data=data, headers={"Accept": "application/zip"}
+    )
+    assert "outside_training" in archive.headers["PIMC-Warning"]
+    with ZipFile(BytesIO(archive.content)) as members:
+        item = json.loads(members.read("item.json"))
+        with rasterio.MemoryFile(members.read("class.tif")) as file, file.open() as raster:
+            assert raster.tags()["PIMC_INTENDED_USE"] == USE
+    assert item["properties"]["pimc:intended_use"] == USE
 
 
 # Sensors and dated numbers ------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
+from rasterio.warp import transform_bounds
 
 from training.datasets import PixelSet
 from training.datasets.eurosat import CLASSES, JPEG_SCALE, EuroSATError, eurosat_ms, eurosat_rgb
@@ -25,6 +26,7 @@ from training.datasets.points import (
 )
 from training.datasets.synthetic_ground import GROUNDS, synthetic_ground
 from training.legends import CDL, WORLDCOVER, landcover_sets, legend_classes, us_crops
+from training.licences import TERMS
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +108,50 @@ class TestModis:
         )
         columns = [archive["bands"].tolist().index(b) for b in ("blue", "red", "nir")]
         np.testing.assert_array_equal(first.values, archive["values"][rows][:, :, columns])
+
+
+POINTS = {
+    "crops_us_2021": "crops_us_2021_dev.npz",
+    "s2_points": "s2_points_dev.npz",
+    "modis_brazil": "modis_brazil_dev.npz",
+}
+STACKS = ("flanders_2017_2018", "hesbaye_a_monthly", "hesbaye_b_monthly", "south_tyrol_2022")
+
+
+def in_extent(name: str, lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
+    """Whether each point (N) is in one of the boxes of a data set (N)."""
+    west, south, east, north = np.array(TERMS[name].extent).T[..., None]
+    return ((lon >= west) & (lon <= east) & (lat >= south) & (lat <= north)).any(axis=0)
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_the_boxes_of_a_data_set_hold_its_points(shared_data: Path, name: str) -> None:
+    archive = np.load(shared_data / name / POINTS[name])
+    lonlat = archive["lonlat"]
+    scattered = np.zeros(len(lonlat), bool)
+    if name == "s2_points":
+        scattered = archive["source"] == "global_12m"
+    lon, lat = lonlat[~scattered].T
+    assert in_extent(name, lon, lat).all()
+    # Points over the world are in no box, except by chance.
+    assert in_extent(name, *lonlat[scattered].T).mean() < 0.1 if scattered.any() else True
+    # Each box is a tenth of a degree larger than its points at most.
+    for west, south, east, north in TERMS[name].extent:
+        own = lonlat[~scattered]
+        own = own[((own >= [west, south]) & (own <= [east, north])).all(axis=1)]
+        assert (own.min(axis=0) - [west, south] <= 0.1 + 1e-9).all()
+        assert ([east, north] - own.max(axis=0) <= 0.1 + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", [*STACKS, "herault_safe_2018"])
+def test_the_boxes_of_a_data_set_hold_its_stack(shared_data: Path, name: str) -> None:
+    found = sorted((shared_data / name).glob("*.tif"))
+    for path in found or sorted((shared_data / name).rglob("*_B04_10m.jp2")):
+        with rasterio.open(path) as file:
+            if file.crs is None:
+                continue
+            west, south, east, north = transform_bounds(file.crs, "EPSG:4326", *file.bounds)
+        assert in_extent(name, np.array([west, east]), np.array([south, north])).all()
 
 
 def test_blocks_are_cells_of_a_tenth_of_a_degree() -> None:

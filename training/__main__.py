@@ -400,6 +400,18 @@ def recalibrate(
     Console().print(str(refit(bundle, regions=regions, version=version, data=data)))
 
 
+@app.command()
+def describe(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    *,
+    version: Annotated[str, typer.Option(help="Version of the new bundle.")],
+) -> None:
+    """Write the description, and what is known of the training data, into a card again."""
+    from training.export import describe as write_again
+
+    Console().print(str(write_again(bundle, version=version)))
+
+
 @app.command("int8")
 def measure_int8(
     bundles: Annotated[list[Path], typer.Argument(help="Folders of bundles of embeddings.")],

@@ -51,9 +51,16 @@ class Description:
     """The part of a card that is written by hand."""
 
     text: str
+    use: str = ""
+    """What the model's results are good for: the card's `intended_use`."""
     default: bool = False
 
 
+_OWN_CLASSES = "For a map that you rely on, teach your own classes (POST /heads)."
+_US_CROPS = (
+    "A map of the crops in California and Arkansas; a first look at most elsewhere, where other "
+    f"crops and other calendars are common. {_OWN_CLASSES}"
+)
 DESCRIPTIONS: Mapping[str, Description] = {
     "pixels-crops-us": Description(
         text=(
@@ -62,6 +69,7 @@ DESCRIPTIONS: Mapping[str, Description] = {
             "and Arkansas in 2021, on labels that are themselves a map. Not tested elsewhere, in "
             "other years or on other crops; it assigns one of its classes to every pixel."
         ),
+        use=_US_CROPS,
     ),
     "pixels-crops-us-20m": Description(
         text=(
@@ -69,12 +77,14 @@ DESCRIPTIONS: Mapping[str, Description] = {
             "m bands: it uses red-edge and shortwave indices in addition to the vegetation "
             "indices. Same places, year and limits."
         ),
+        use=_US_CROPS,
     ),
     "pixels-crops-us-small": Description(
         text=(
             "Crops of the United States as in `pixels-crops-us`, at a quarter of the cost: one "
             "network instead of three. Same places, year and limits."
         ),
+        use=_US_CROPS,
     ),
     "pixels-landcover": Description(
         default=True,
@@ -90,6 +100,7 @@ DESCRIPTIONS: Mapping[str, Description] = {
             "Synthetic series of the rare classes were added for training, never for a score. "
             "Shrubs, built-up, bare, water and wetland are weak; treat them as hints."
         ),
+        use=f"A first look at broad land cover. {_OWN_CLASSES}",
     ),
     "forecast-vi": Description(
         default=True,
@@ -97,6 +108,10 @@ DESCRIPTIONS: Mapping[str, Description] = {
             "NDVI, EVI and SAVI of the next ten ten-day steps with the 10 % and 90 % quantiles, "
             "from up to 320 days of B02, B04 and B08. It uses the day of the year, but neither "
             "the weather nor the place."
+        ),
+        use=(
+            "A first look at the next hundred days. Before you rely on it, compare it with the "
+            "last value and last year's date on your own dates (`backtest`)."
         ),
     ),
     "landcover-eurosat": Description(
@@ -111,21 +126,55 @@ DESCRIPTIONS: Mapping[str, Description] = {
             "taken for pasture, herbaceous vegetation or sea where most trees have no leaves, and "
             "arable fields in autumn and winter for pasture, orchards or water."
         ),
+        use=f"A first look at the land cover of large areas, by patches. {_OWN_CLASSES}",
+    ),
+    "embed-pixel": Description(
+        default=True,
+        text=(
+            "Embedding of a pixel from a year of B02, B04 and B08. The first 256 numbers are the "
+            "output of the PIMC pixel encoder on recurrence plots of NDVI, EVI and SAVI, "
+            "pretrained without labels against the imagery around the pixel. The other 216 are "
+            "the series that the encoder sees, in 36 steps of ten days: NDVI, EVI and SAVI, then "
+            "the square roots of B02, B04 and B08, all standardised with fixed numbers. Not of "
+            "unit length: normalise before comparing by cosine. Pretrained on few places: compare "
+            "its scores with those of its series alone before relying on it."
+        ),
+        use="Features for own classes (POST /heads) and for finding similar places; not a map.",
+    ),
+    "embed-patch": Description(
+        text=(
+            "Embedding of a 64 x 64 patch from red, green and blue: the PIMC patch encoder, "
+            "pretrained without labels against pixel series and on EuroSAT imagery. Reflectance "
+            "above 0.275 is clipped. Not of unit length: normalise before comparing by cosine. "
+            "From a short run on few places: compare its scores with those of an untrained "
+            "encoder before relying on it."
+        ),
+        use="Features for finding similar patches and for models of your own; not a map.",
     ),
 }
+
+
+def described(name: str) -> dict[str, Any]:
+    """The card's fields that are written by hand; none of a bundle that has no description."""
+    about = DESCRIPTIONS.get(name)
+    if about is None:
+        return {}
+    return {
+        "name": name,
+        "description": about.text,
+        "intended_use": about.use,
+        "default": about.default,
+    }
 
 
 def card_fields(run: Run, task: Task[Any], metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The fields of a run's card, except its files."""
     config = run.config
-    about = DESCRIPTIONS.get(name) or Description(
-        text=f"{name}: a bundle finetuned for {config.task}."
-    )
     data = _training_data(run, task)
     return {
+        "description": f"{name}: a bundle finetuned for {config.task}.",
+        **described(name),
         "name": name,
-        "description": about.text,
-        "default": about.default,
         "licence": LICENCE_FROM_IMAGENET if starts_from_imagenet(config) else LICENCE,
         "metrics": _metrics(config, metrics),
         "training_data": data,

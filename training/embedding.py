@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from models.card import Modality, TimeWindow
 from models.graph import PatchGraph, PixelGraph
-from training.card import megaflop, parameters, pretrain_command
+from training.card import described, megaflop, parameters, pretrain_command
 from training.config import BANDS, INDICES
 from training.datasets import PatchSet, PixelSet
 from training.datasets.eurosat import eurosat_rgb
@@ -52,24 +52,6 @@ _BATCH = 256
 RETRIEVAL_BATCHES = 16
 """Batches of held-out pairs on which retrieval is measured."""
 _PROBED_PATCHES = 5000
-_DESCRIPTIONS = {
-    "embed-pixel": (
-        "Embedding of a pixel from a year of B02, B04 and B08. The first 256 numbers are the "
-        "output of the PIMC pixel encoder on recurrence plots of NDVI, EVI and SAVI, pretrained "
-        "without labels against the imagery around the pixel. The other 216 are the series that "
-        "the encoder sees, in 36 steps of ten days: NDVI, EVI and SAVI, then the square roots of "
-        "B02, B04 and B08, all standardised with fixed numbers. Not of unit length: normalise "
-        "before comparing by cosine. Pretrained on few places: compare its scores with those of "
-        "its series alone before relying on it."
-    ),
-    "embed-patch": (
-        "Embedding of a 64 x 64 patch from red, green and blue: the PIMC patch encoder, "
-        "pretrained without labels against pixel series and on EuroSAT imagery. Reflectance above "
-        "0.275 is clipped. Not of unit length: normalise before comparing by cosine. From a short "
-        "run on few places: compare its scores with those of an untrained encoder before relying "
-        "on it."
-    ),
-}
 
 
 def export_embeddings(
@@ -142,10 +124,8 @@ def _write_pixels(run: _Finished, zoo: Path, data: Path, version: str | None) ->
         zoo / "embed-pixel",
         fields={
             **run.fields,
-            "name": "embed-pixel",
-            "description": _DESCRIPTIONS["embed-pixel"],
+            **described("embed-pixel"),
             "modality": "pixel",
-            "default": True,
             "bands": BANDS,
             "indices": INDICES,
             "window": _window(config),
@@ -183,8 +163,7 @@ def _write_patches(run: _Finished, zoo: Path, data: Path, version: str | None) -
         zoo / "embed-patch",
         fields={
             **run.fields,
-            "name": "embed-patch",
-            "description": _DESCRIPTIONS["embed-patch"],
+            **described("embed-patch"),
             "modality": "patch",
             "bands": PATCH_BANDS,
             "patch": PATCH,

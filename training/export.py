@@ -24,6 +24,7 @@ from training.card import (
     EVALUATION,
     ROBUSTNESS,
     card_fields,
+    described,
     megaflop,
     parameters,
     same_configuration,
@@ -33,6 +34,7 @@ from training.config import Run
 from training.errors import TrainingError
 from training.finetune import WEIGHTS, load_finished
 from training.graph_export import folded, in_half, quantise
+from training.licences import sensed
 from training.onnx_export import OPSET, to_onnx
 from training.parity import HALF_TOLERANCE, Served, check_parity, check_parity_int8, random_inputs
 from training.regions import CALIBRATED, apply_calibration, read_report
@@ -202,6 +204,25 @@ def replace_card(folder: Path, card: ModelCard) -> None:
         for variant in card.variants:
             shutil.copy2(folder / variant.file, new / variant.file)
         write_card(new, card)
+
+
+def describe(folder: Path, *, version: str) -> Path:
+    """Write the description, and what is known of the training data, into a bundle's card again.
+
+    The ONNX files stay as they are.
+
+    Args:
+        folder: the bundle's folder; its card is replaced completely or not at all.
+        version: version of the new bundle.
+
+    Raises:
+        VersionNotRaised: the bundle already has this version.
+    """
+    card = load_bundle(folder).card
+    check_new_version(card, version)
+    changes = {**described(card.name), **sensed(card.training_data), "version": version}
+    replace_card(folder, ModelCard.model_validate({**card.model_dump(), **changes}))
+    return folder
 
 
 def _export(

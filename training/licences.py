@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.card import TrainingData
+from models.card import Box, TrainingData
 
+PRETRAINING = "pretraining without labels, training places alone"
+"""`TrainingData.use` of a pretraining's data."""
+VALIDATION = "validation"
+"""The same of data that the model was not trained on."""
 # Licence of weights that were trained from scratch: the project's own.
 LICENCE = "MIT"
 # Licence of weights that were trained from those of `training.imagenet`.
@@ -24,16 +28,25 @@ class Terms:
     """The sensor that took the imagery; None for synthetic series."""
     pixel_size: float = 10.0
     """Pixel size in metres; for Sentinel-2 that of the finest bands."""
+    extent: tuple[Box, ...] = ()
+    """Boxes around the places, degrees, rounded outwards to a tenth; of data whose places are not
+    known, the boxes of their states or countries. None of synthetic series and of points scattered
+    over the world."""
 
 
 TERMS = {
     "eurosat": Terms(
         source="EuroSAT (Helber et al. 2019, doi:10.1109/JSTARS.2019.2918242), Sentinel-2 imagery",
         licence="MIT; contains modified Copernicus Sentinel data",
+        extent=((-25.0, 34.0, 41.0, 71.0),),
     ),
     "crops_us_2021": Terms(
         source="Sentinel-2 ten-day composites of 2021; labels USDA NASS Cropland Data Layer",
         licence="Copernicus Sentinel data terms; labels public domain",
+        extent=(
+            (-122.5, 34.6, -118.5, 40.5),
+            (-91.8, 33.1, -90.0, 35.9),
+        ),
     ),
     "s2_points": Terms(
         source=(
@@ -44,16 +57,28 @@ TERMS = {
             "Copernicus Sentinel data terms; Open Government Licence Canada (AAFC Annual Crop "
             "Inventory); Licence Ouverte (RPG France); CC BY 4.0 (ESA WorldCover)"
         ),
+        extent=(
+            (-123.9, 49.0, -118.9, 51.2),
+            (-94.7, 48.2, -89.4, 49.9),
+            (-84.1, 41.9, -74.3, 47.8),
+            (-67.8, 43.7, -60.9, 47.8),
+            (-57.8, 47.5, -52.7, 49.4),
+            (-0.5, 43.3, -0.1, 44.0),
+            (-0.3, 47.5, 0.7, 48.8),
+            (8.7, 42.1, 9.6, 43.0),
+        ),
     ),
     "modis_brazil": Terms(
         source="NASA MOD13Q1 series of Brazil; labels from the R packages sits and inSitu",
         licence="imagery public domain; labels GPL-2",
         sensor="modis",
         pixel_size=250.0,
+        extent=((-60.5, -18.3, -46.3, -9.3),),
     ),
     "victoria_2018": Terms(
         source="Sentinel-2 series of Victoria, Australia, by C. Pelletier",
         licence="Copernicus Sentinel data terms; labels GPL-3",
+        extent=((140.9, -39.2, 150.0, -33.9),),
     ),
     "synthetic_ground": Terms(
         source=(
@@ -66,6 +91,7 @@ TERMS = {
     "flanders_2017_2018": Terms(
         source="Sentinel-2 level 2A stack of Flanders, collected by the WorldCereal project",
         licence="Copernicus Sentinel data terms",
+        extent=((3.0, 50.8, 3.1, 50.9),),
     ),
     "hesbaye_a_monthly": Terms(
         source=(
@@ -73,6 +99,7 @@ TERMS = {
             "Belgium, collected by the WorldCereal project"
         ),
         licence="Copernicus Sentinel data terms",
+        extent=((5.3, 50.6, 5.4, 50.7),),
     ),
     "hesbaye_b_monthly": Terms(
         source=(
@@ -80,6 +107,7 @@ TERMS = {
             "Belgium, collected by the WorldCereal project"
         ),
         licence="Copernicus Sentinel data terms",
+        extent=((5.3, 50.6, 5.4, 50.7),),
     ),
     "romania": Terms(
         source=(
@@ -88,10 +116,12 @@ TERMS = {
             "of 2018"
         ),
         licence="EUPL 1.2; contains modified Copernicus Sentinel data",
+        extent=((22.1, 45.2, 22.2, 45.3),),
     ),
     "south_tyrol_2022": Terms(
         source="Sentinel-2 level 2A dates of South Tyrol, Italy, collected by the openEO project",
         licence="Copernicus Sentinel data terms; Apache-2.0 (the collection); labels by eye: MIT",
+        extent=((11.2, 46.4, 11.5, 46.6),),
     ),
     "herault_safe_2018": Terms(
         source=(
@@ -99,6 +129,7 @@ TERMS = {
             "parcels RPG 2018 by EuroCrops"
         ),
         licence="Copernicus Sentinel data terms; GPL-3 (the collection); CC BY (the parcels)",
+        extent=((3.2, 43.6, 3.4, 43.7),),
     ),
     "bavaria_2018": Terms(
         source=(
@@ -106,6 +137,7 @@ TERMS = {
             "wheat fields, from the repository WorldCrops of ESA's PhiLab"
         ),
         licence="Copernicus Sentinel data terms; MIT (the repository)",
+        extent=((8.9, 47.2, 13.9, 50.6),),
     ),
     "worldcereal": Terms(
         source=(
@@ -113,6 +145,10 @@ TERMS = {
             "Belgium 2018 to 2019, fields of Flanders 2021, of Uganda and South Sudan 2017"
         ),
         licence="Copernicus Sentinel data terms; MIT (the repository)",
+        extent=(
+            (2.6, 50.7, 5.8, 51.4),
+            (33.5, 0.1, 34.2, 5.1),
+        ),
     ),
     "worldcrops": Terms(
         source=(
@@ -120,6 +156,7 @@ TERMS = {
             "repository WorldCrops of ESA's PhiLab"
         ),
         licence="Copernicus Sentinel data terms; MIT (the repository)",
+        extent=((34.1, 0.4, 34.4, 0.8),),
     ),
     "geomaize": Terms(
         source=(
@@ -127,6 +164,7 @@ TERMS = {
             "2025, in the repository GEOMaize of the EO AFRICA R&D Facility"
         ),
         licence="Copernicus Sentinel data terms; MIT (the repository)",
+        extent=((-0.9, 9.2, -0.2, 9.9),),
     ),
     "synthetic": Terms(
         source="Made by training/datasets/synthetic.py",
@@ -150,19 +188,19 @@ TERMS = {
 
 
 def sensed(data: Sequence[TrainingData]) -> dict[str, Any]:
-    """The card's `sensors` and `pixel_size`, from the data that a model was trained on.
+    """The card's `sensors`, `pixel_size` and `extent`, from the data that a model was trained on.
 
-    Validation data are left out, because a model is not trained on them.
+    Validation data are left out, because a model is not trained on them, and of the extent those of
+    a pretraining, because they have no labels.
     """
-    real = [
-        TERMS[part.name]
-        for part in data
-        if part.use != "validation" and TERMS[part.name].sensor is not None
-    ]
+    trained = [part for part in data if part.use != VALIDATION]
+    real = [terms for part in trained if (terms := TERMS[part.name]).sensor is not None]
     sizes = [terms.pixel_size for terms in real]
+    labelled = [TERMS[part.name].extent for part in trained if part.use != PRETRAINING]
     return {
         "sensors": tuple(sorted({terms.sensor for terms in real if terms.sensor})),
         "pixel_size": (min(sizes), max(sizes)) if sizes else None,
+        "extent": tuple(dict.fromkeys(box for boxes in labelled for box in boxes)),
     }
 
 
@@ -174,5 +212,4 @@ def training_data(name: str, use: str, n: int) -> TrainingData:
 
 def pretraining_data(counts: Mapping[str, int]) -> tuple[TrainingData, ...]:
     """The entries of a card for a pretraining, from the number of samples of each source."""
-    use = "pretraining without labels, training places alone"
-    return tuple(training_data(name, use, n) for name, n in counts.items())
+    return tuple(training_data(name, PRETRAINING, n) for name, n in counts.items())

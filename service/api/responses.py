@@ -28,9 +28,10 @@ from service.run.execute import Result
 from service.run.executors import Timing
 from service.run.memory import Need
 from service.run.request import RasterRequest, TaskRequest
+from service.write.cog import USE_TAG, open_stored
 from service.write.fields import write_csv, write_geoparquet
 from service.write.legend import SIDECAR, sidecar_of, style_of
-from service.write.polygons import polygon_features, stored_crs
+from service.write.polygons import polygon_features
 from service.write.predictions import POLYGONS
 from service.write.stac_item import item_of
 
@@ -229,16 +230,18 @@ def write_geojson(result: Result | StoredResult, polygons: Path, path: Path) -> 
         polygons: GeoParquet file of the polygons.
         path: path of the file to write.
     """
-    files = on_this_machine(result.files)
+    with open_stored(on_this_machine(result.files)["class"]) as raster:
+        crs, use = raster.grid.crs, raster.tags.get(USE_TAG)
     about = {
         "type": "FeatureCollection",
         "model": result.model,
+        **({"intended_use": use} if use else {}),
         "provider": result.provider,
         "warnings": warning_list(result.warnings),
     }
     with path.open("wb") as target:
         target.write(document_bytes(about).removesuffix(b"}") + b',"features":[')
-        for number, one in enumerate(polygon_features(polygons, stored_crs(files["class"]))):
+        for number, one in enumerate(polygon_features(polygons, crs)):
             target.write((b"," if number else b"") + document_bytes(one))
         target.write(b"]}")
 

@@ -25,7 +25,7 @@ from service.run.plan import RasterRun, dates_summary
 from service.run.time_window import outside_time_window, partial_season
 from service.run.windows import Arrays, Journal, Step
 from service.tracing import span
-from service.write.cog import OpenScratch, RasterWriter, stored
+from service.write.cog import USE_TAG, OpenScratch, RasterWriter, stored
 from service.write.polygons import write_polygons
 from service.write.predictions import ATTRIBUTION, JSON, POLYGONS, ForecastPredictions, Layer
 from service.write.stac_item import Provenance, result_item, write_item
@@ -34,6 +34,9 @@ Floats = NDArray[np.float32]
 _OTHER_RESOLUTION = 2.05
 """Factor by which pixels may be larger or smaller than those of the training data without a
 warning: pixels of up to 20 m for a model trained on 10 m."""
+_NEAR_KM = 110.0
+"""Distance from the training places up to which a raster counts as beside them, km: the width of a
+Sentinel-2 tile."""
 _COVERED = 0.95
 """Share of a raster that a patch run must cover; a smaller share is warned of."""
 _COUNTS = "tally."
@@ -346,6 +349,7 @@ def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
         *outside_time_window(card, dates, run.time_window),
         *partial_season(card, dates, run.time_window),
         *_resolution(run),
+        *_outside_training(run),
         *_coverage(run),
         *(run.backtested.warnings if run.backtested else ()),
     )
@@ -400,6 +404,23 @@ def _resolution(run: RasterRun) -> tuple[StackWarning, ...]:
     return (StackWarning(code="resolution_suspected", detail=detail),)
 
 
+def _outside_training(run: RasterRun) -> tuple[StackWarning, ...]:
+    """The warning that the raster is far from the places of the model's training data."""
+    card = run.model.card
+    if not card.extent:
+        return ()
+    away = run.stack.grid.kilometres_from(card.extent)
+    if away is None or away <= _NEAR_KM:
+        return ()
+    scores = card.worst_elsewhere()
+    detail = (
+        f"the raster is about {away:,.0f} km from the nearest place that '{card.id}' was trained on"
+        + (f"; {scores}" if scores else "")
+        + f". {card.intended_use}"
+    )
+    return (StackWarning(code="outside_training", detail=detail.rstrip()),)
+
+
 def _coverage(run: RasterRun) -> tuple[StackWarning, ...]:
     """The warning that the patches cover only a part of the raster."""
     if run.model.card.modality != "patch":
@@ -436,6 +457,7 @@ def _summary_head(run: RasterRun) -> dict[str, JSON]:
     head: dict[str, JSON] = {
         "model": card.id,
         "task": run.operation,
+        **card.use_in_answers(),
         "provider": run.model.provider,
         **dates_summary(run),
         "layout": stack.layout,
@@ -474,7 +496,10 @@ def _reflectance(run: RasterRun) -> list[JSON]:
 
 def _tags(run: RasterRun) -> dict[str, str]:
     """Tags of every file: the model, the time window and the dates of the observations."""
-    tags = {"TIFFTAG_SOFTWARE": "PIMC", "PIMC_MODEL": run.model.card.id}
+    card = run.model.card
+    tags = {"TIFFTAG_SOFTWARE": "PIMC", "PIMC_MODEL": card.id}
+    if card.intended_use:
+        tags[USE_TAG] = card.intended_use
     if run.time_window:
         tags["PIMC_WINDOW_START"] = run.time_window.start.isoformat()
     if run.stack.dates:

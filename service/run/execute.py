@@ -164,6 +164,7 @@ def _points(
             "type": "FeatureCollection",
             "features": features,
             "model": run.model.card.id,
+            **run.model.card.use_in_answers(),
             "provider": run.model.provider,
             **_backtest(outcome.backtested),
             "warnings": warning_list(warnings),
@@ -186,6 +187,7 @@ def _fields(task: Task, run: RasterRun, fields: Fields, outcome: FieldOutcome) -
                 fields.ids, fields.properties, fields.geojson, outcome.results
             ),
             "model": run.model.card.id,
+            **run.model.card.use_in_answers(),
             "provider": run.model.provider,
             **dates_summary(run),
             **_backtest(outcome.backtested),
@@ -206,6 +208,7 @@ def _series(task: Task, run: SeriesRun, cancelled: threading.Event) -> Result:
         provider=model.provider,
         document={
             "model": model.card.id,
+            **model.card.use_in_answers(),
             "provider": model.provider,
             "results": list(outcome.results),
             **_backtest(outcome.backtested),

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from models.card import (
     CARD_FILE,
+    Box,
     LegendClass,
     ModelCard,
     TimeWindow,
@@ -35,6 +36,7 @@ from service.errors import (
     StackWarning,
     TooFewLabels,
 )
+from service.grid import Grid, crs_of
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
 from service.learn.graph import (
@@ -85,6 +87,10 @@ _NOT_COMPOSABLE = (
     "the graph of '{}' cannot become part of another model: name another model for /embed, or "
     "leave out `embedding`"
 )
+_USE = "A map of your own classes near your labels. How good it is elsewhere is not known."
+_DEGREES = crs_of("EPSG:4326")
+_WIDEST = 180.0
+"""Widest box around labels, degrees."""
 _VERSION = "1.0.0"
 _OPSET = 20
 _PALETTE = (
@@ -334,6 +340,7 @@ class _Teaching:
                 "card": features.card,
                 "sensors": card_names(stack.sensor),
                 "pixel_size": (round(size, 2), round(size, 2)) if size else None,
+                "extent": _extent(stack.grid, rows, cols),
                 "source": f"a stack of {len(used)} dates from {used[0]} to {used[-1]}",
             },
         )
@@ -370,6 +377,7 @@ class _Teaching:
                 "card": features.card,
                 "sensors": (),
                 "pixel_size": None,
+                "extent": (),
                 "source": f"{len(given)} series",
             },
         )
@@ -608,6 +616,8 @@ class _Teaching:
                 },
                 "sensors": facts["sensors"],
                 "pixel_size": facts["pixel_size"],
+                "intended_use": _USE,
+                "extent": facts["extent"],
                 "variants": (_variant(path, opset),),
                 "sha256": sha256_of(path),
             }
@@ -658,6 +668,16 @@ def _class_of(value: object, number: int) -> str:
             "allowed",
         )
     return name
+
+
+def _extent(grid: Grid, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> tuple[Box, ...]:
+    """A box around some pixels, degrees; none if there are no pixels or it has no longitudes."""
+    if not len(rows):
+        return ()
+    sides = (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1)
+    box = grid.part(*map(int, sides)).around(_DEGREES, margin=0.0)
+    # Wider boxes are those around pixels on both sides of the antimeridian.
+    return () if box is None or box[2] - box[0] > _WIDEST else (box,)
 
 
 def _thinned(

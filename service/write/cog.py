@@ -43,6 +43,8 @@ _BLOCK_STEP = 16
 """The sides of a TIFF's blocks are multiples of this, pixels."""
 _OVERVIEW_BYTES = 2_000_000
 """Bytes that GDAL makes overviews from at once; its default of 10 MB is not faster."""
+USE_TAG = "PIMC_INTENDED_USE"
+"""Tag of a raster: what the model's results are good for."""
 _THREADS = 4
 """Number of threads that compress a COG's blocks."""
 _MAX_CACHE_BYTES = 256 * 2**20

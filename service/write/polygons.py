@@ -138,12 +138,6 @@ def polygon_features(path: Path, crs: CRS) -> Iterator[dict[str, Any]]:
                 }
 
 
-def stored_crs(raster: Path) -> CRS:
-    """The CRS of a raster file."""
-    with rasterio.open(raster) as file:
-        return file.crs
-
-
 def _outlines(
     labels: NDArray[np.int32],
     shown: NDArray[np.bool_],

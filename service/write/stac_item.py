@@ -347,6 +347,7 @@ def _model_properties(card: ModelCard) -> dict[str, Any]:
     parameters = card.training.get("parameters")
     return {
         "version": card.version,
+        **({"pimc:intended_use": card.intended_use} if card.intended_use else {}),
         "bands": [{"name": band} for band in card.bands],
         "mlm:name": card.name,
         "mlm:architecture": "PIMC encoder on recurrence plots"

@@ -44,12 +44,16 @@ class WarningEntry(BaseModel):
     detail: str
 
 
+IntendedUse = Annotated[str, Field(description="what the model's results are good for")]
+
+
 class SummaryResponse(BaseModel):
     """The summary of a raster's result."""
 
     model_config = ConfigDict(extra="allow")
 
     model: str
+    intended_use: IntendedUse = ""
     warnings: list[WarningEntry]
 
 
@@ -59,6 +63,7 @@ class SeriesResponse(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str
+    intended_use: IntendedUse = ""
     results: list[dict[str, Any]]
     warnings: list[WarningEntry]
 
@@ -71,6 +76,7 @@ class PointsResponse(BaseModel):
     type: Literal["FeatureCollection"]
     features: list[dict[str, Any]]
     model: str
+    intended_use: IntendedUse = ""
     warnings: list[WarningEntry]
 
 

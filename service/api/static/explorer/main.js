@@ -147,7 +147,7 @@ function offerModels(choice) {
 
 function describeModel() {
   const card = state.models.get(part("model").value);
-  part("model-text").textContent = card?.description ?? "";
+  part("model-text").textContent = [card?.description, card?.intended_use].filter(Boolean).join(" ");
 }
 
 // Runs -----------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ async function open(info) {
     await openFields(info, body);
     return;
   }
-  body.append(...warnings(summary.warnings ?? []), summaryTable(summary));
+  body.append(...remarks(summary), summaryTable(summary));
   if (summary.backtest) body.append(backtestTable(summary.backtest, "this stack"));
   const model = (summary.model ?? "").split("@")[0];
   body.append(...downloads(info, output, model));
@@ -312,7 +312,7 @@ async function draw(raster, band, classes, limits) {
 
 async function openFields(info, body) {
   const collection = await json(`jobs/${info.jobID}/result`, { headers: { Accept: "application/geo+json" } });
-  body.append(...warnings(collection.warnings ?? []));
+  body.append(...remarks(collection));
   const model = (collection.model ?? "").split("@")[0];
   const card = state.models.get(model);
   const colours = new Map((card?.classes ?? []).map((one) => [one.value, one.color]));
@@ -351,6 +351,17 @@ function similarButton(kind, geometry) {
   const places = JSON.stringify({ type: "FeatureCollection", features: [{ type: "Feature", properties: {}, geometry }] });
   button.addEventListener("click", () => submit("similar", { [geometry.type === "Point" ? "points" : "fields"]: places }));
   return button;
+}
+
+/** What the model's results are good for, and the warnings; one of these ends with the same text. */
+function remarks(answer) {
+  const list = answer.warnings ?? [];
+  const use = list.some(({ code }) => code === "outside_training") ? "" : answer.intended_use;
+  if (!use) return warnings(list);
+  const line = document.createElement("p");
+  line.className = "hint";
+  line.textContent = use;
+  return [line, ...warnings(list)];
 }
 
 function warnings(list) {
