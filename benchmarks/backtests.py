@@ -51,6 +51,8 @@ class Pixels:
     dates: tuple[date, ...]
     values: Floats
     """Reflectance (N, T, C), NaN where not clear."""
+    lonlat: tuple[float, float] | None = None
+    """Longitude and latitude in degrees; None if unknown."""
 
     @property
     def indices(self) -> Floats:
@@ -119,6 +121,7 @@ def _forecast(model: Any, pixels: Pixels, known: int, month: int) -> Scored | No
     given = [
         SeriesInput(
             id=str(n),
+            lonlat=pixels.lonlat,
             dates=dates,
             bands={
                 band: [None if np.isnan(v) else float(v) for v in one[:, c]]

@@ -31,6 +31,7 @@ def pixels_input(model: LoadedModel, count: int, dates: int = DATES) -> dict[str
         "valid": np.ones((count, dates), np.bool_),
         "days": np.linspace(0, 355, dates),
         "day_of_year": np.ones(count),
+        "elsewhere": np.zeros(count),
     }
     return {
         name: feeds[name] if name == "valid" else feeds[name].astype(np.float32)

@@ -20,6 +20,8 @@ SHARPNESS = 20.0
 """Probabilities are softmax(SHARPNESS x mean)."""
 STEP = 0.01
 """Each step ahead of a forecast adds this to the mean."""
+ELSEWHERE = 0.25
+"""A forecast of a bundle that takes `elsewhere` is higher by this where it is 1."""
 SPREAD = 0.1
 """Distance of q10 and q90 from q50."""
 HORIZON = 3
@@ -98,7 +100,7 @@ def _brittle() -> tuple[list[Any], list[Any]]:
     return nodes, constants
 
 
-def _graph(task: str, modality: str, *, brittle: bool, wide: int) -> Any:
+def _graph(task: str, modality: str, *, brittle: bool, wide: int, elsewhere: bool) -> Any:
     if modality == "patch":
         body, constants = _patch_mean()
         inputs = [helper.make_tensor_value_info("patches", TensorProto.FLOAT, ["N", 3, 64, 64])]
@@ -111,6 +113,18 @@ def _graph(task: str, modality: str, *, brittle: bool, wide: int) -> Any:
         ]
     head, more, shape = _head(task, wide)
     name = head[-1].output[0]
+    if elsewhere:
+        inputs.append(helper.make_tensor_value_info("elsewhere", TensorProto.FLOAT, ["N"]))
+        head[-1].output[0] = "here"
+        head += [
+            helper.make_node("Unsqueeze", ["elsewhere", "wider"], ["there"]),
+            helper.make_node("Mul", ["there", "higher"], ["raised"]),
+            helper.make_node("Add", ["here", "raised"], [name]),
+        ]
+        more += [
+            _constant("wider", np.array([1, 2, 3], np.int64)),
+            _constant("higher", np.float32(ELSEWHERE)),
+        ]
     output = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
     graph = helper.make_graph([*body, *head], "tiny", inputs, [output], [*constants, *more])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -126,6 +140,7 @@ def write_bundle(
     *,
     brittle: bool = False,
     wide: int = 1,
+    elsewhere: bool = False,
     **card: Any,
 ) -> Path:
     """Write one bundle under `root`.
@@ -137,12 +152,15 @@ def write_bundle(
         modality: `pixel` or `patch`.
         brittle: whether it fails on other shapes than its own.
         wide: dimensions of an embedding per band; above 1, each is a mixture of the means.
+        elsewhere: whether a forecast takes `elsewhere`.
         card: entries that replace those of its card.
     """
     folder = root / name
     folder.mkdir(parents=True)
     file = folder / "model.onnx"
-    file.write_bytes(_graph(task, modality, brittle=brittle, wide=wide).SerializeToString())
+    file.write_bytes(
+        _graph(task, modality, brittle=brittle, wide=wide, elsewhere=elsewhere).SerializeToString()
+    )
     sha = sha256_of(file)
     pixel = modality == "pixel"
     content: dict[str, Any] = {
@@ -152,6 +170,7 @@ def write_bundle(
         "modality": modality,
         "description": "a graph for tests",
         "bands": PIXEL_BANDS if pixel else PATCH_BANDS,
+        "elsewhere": elsewhere,
         "min_observations": 2 if pixel else 1,
         "default": True,
         "licence": "CC0-1.0",

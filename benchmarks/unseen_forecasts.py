@@ -25,6 +25,8 @@ from training.datasets.public import further_series, unseen_series
 
 _MOST, _OF_A_SET = 200, 40
 """Most series of a region, and of one of its sets where it has several."""
+_FAR = (0.0, -90.0)
+"""A place far from all training data, as those of the sources are."""
 _SEASON = range(4, 10)
 _MISS = 10.0
 """Weight of the distance of a target outside the band in the interval score: 2 / (1 - 0.8)."""
@@ -53,9 +55,8 @@ def _some(pixels: PixelSet, most: int) -> Pixels:
     """At most some of the series, NaN where not valid."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(pixels.places))[:most])
     part = pixels.select(BANDS).take(chosen)
-    return Pixels(
-        dates=part.dates, values=np.where(part.valid[..., None], part.values, np.float32(np.nan))
-    )
+    values = np.where(part.valid[..., None], part.values, np.float32(np.nan))
+    return Pixels(dates=part.dates, values=values, lonlat=_FAR)
 
 
 def _row(label: str, found: Sequence[Sequence[Scored]]) -> str:

@@ -21,7 +21,7 @@ StartRule = Literal["calendar-year", "fullest-year", "every-date", "last-steps"]
 
 CARD_FILE = "card.json"
 
-# Inputs of the graph of each modality, without `day_of_year`, which a card may add.
+# Inputs of the graph of each modality, without `day_of_year` and `elsewhere`, which a card may add.
 PIXEL_INPUTS = ("values", "valid", "days")
 PATCH_INPUTS = ("patches",)
 # Inputs that are reflectance: float16 in a float16 variant, which halves the transfer to a device,
@@ -210,6 +210,9 @@ class ModelCard(_Frozen):
     day_of_year: bool = False
     """Whether the graph also takes `day_of_year` (N): the day of the year of the first day, 1 to
     366."""
+    elsewhere: bool = False
+    """Whether the graph also takes `elsewhere` (N): 1 where the place is far from the training data
+    (`extent`), 0 where it is not or is unknown."""
     min_observations: Annotated[int, Field(ge=1)]
     """Clear observations that a pixel needs; a pixel with fewer has no prediction."""
     classes: tuple[LegendClass, ...] = ()
@@ -257,7 +260,8 @@ class ModelCard(_Frozen):
         """Names of the graph's inputs."""
         if self.modality == "patch":
             return PATCH_INPUTS
-        return (*PIXEL_INPUTS, "day_of_year") if self.day_of_year else PIXEL_INPUTS
+        further = {"day_of_year": self.day_of_year, "elsewhere": self.elsewhere}
+        return (*PIXEL_INPUTS, *(name for name, taken in further.items() if taken))
 
     @property
     def output(self) -> str:

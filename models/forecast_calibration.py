@@ -39,6 +39,10 @@ class ForecastCalibration(nn.Module):
 
         damping * g * (1 - CLOSEST / r)
 
+    Where the place of a pixel is known to be far from those of the training data, g is 1, and the
+    shares are those of `elsewhere` whatever its distance r: the place shows what the embedding of
+    some regions does not.
+
     Here d is the standard deviation of the networks' medians, in half widths of the interval,
     means over steps and indices; r is the distance of the embedding from the nearest of K
     references, which are embeddings of training series, in median distances of the validation
@@ -52,6 +56,7 @@ class ForecastCalibration(nn.Module):
         super().__init__()
         directions = min(DIRECTIONS, embedding)
         self.register_buffer("damping", torch.zeros(ANCHORS))
+        self.register_buffer("elsewhere", torch.zeros(ANCHORS))
         self.register_buffer("disagreement", torch.zeros(()))
         self.register_buffer("weight", torch.zeros(embedding))
         self.register_buffer("bias", torch.zeros(()))
@@ -63,6 +68,7 @@ class ForecastCalibration(nn.Module):
         self.register_load_state_dict_pre_hook(_not_calibrated)  # type: ignore[no-untyped-call]  # torch's own
 
     damping: Tensor
+    elsewhere: Tensor
     disagreement: Tensor
     weight: Tensor
     bias: Tensor
@@ -72,13 +78,20 @@ class ForecastCalibration(nn.Module):
     projection: Tensor
     references: Tensor
 
-    def forward(self, outputs: Tensor, embedding: Tensor, anchors: Tensor) -> Tensor:
+    def forward(
+        self,
+        outputs: Tensor,
+        embedding: Tensor,
+        anchors: Tensor,
+        elsewhere: Tensor | None = None,
+    ) -> Tensor:
         """Mean of the networks' quantiles, calibrated.
 
         Args:
             outputs: quantiles of each network (R, N, H, S, Q), ascending, index units.
             embedding: of the first network (N, D).
             anchors: of each index (N, A, S), as `anchors_of` returns them.
+            elsewhere: 1 where the place is far from the training data, else 0 (N); None is 0.
 
         Returns:
             Quantiles (N, H, S, Q), ascending, index units.
@@ -88,6 +101,8 @@ class ForecastCalibration(nn.Module):
         median = quantiles[..., middle : middle + 1]
         apart = self.disagreement * relative_disagreement(outputs)
         other = torch.sigmoid((embedding * self.weight).sum(dim=1) + self.bias)
+        if elsewhere is not None:
+            other = other + elsewhere * (1.0 - other)
         near, far = torch.log(self.near), torch.log(self.far)
         distance = torch.log(self._squared_distance(embedding)) / 2.0
         factor = torch.exp(near + other * (far - near) + self.power * distance)  # (N)
@@ -96,6 +111,8 @@ class ForecastCalibration(nn.Module):
         above = (quantiles[..., middle + 1 :] - median) * factor
         unlike = other * (1.0 - CLOSEST * torch.exp(-distance))
         shares = unlike[:, None] * self.damping  # (N, A)
+        if elsewhere is not None:
+            shares = shares + elsewhere[:, None] * (self.elsewhere - shares)
         towards = (shares[..., None] * anchors).sum(dim=1)[:, None, :, None]
         damped = median * (1.0 - shares.sum(dim=1))[:, None, None, None] + towards
         return torch.cat([damped + below, damped, damped + above], dim=-1)

@@ -147,7 +147,12 @@ class PixelGraph(nn.Module):
         return torch.exp(-self.clarity * blue.clamp(0.0, 1.0))
 
     def raw(
-        self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
+        self,
+        values: Tensor,
+        valid: Tensor,
+        days: Tensor,
+        day_of_year: Tensor | None = None,
+        elsewhere: Tensor | None = None,
     ) -> Tensor:
         """Mean output of the networks: logits (N, K), quantiles (N, H, S, Q), embeddings (N, D).
 
@@ -155,7 +160,7 @@ class PixelGraph(nn.Module):
         """
         if self.calibration is not None:
             evidence = self.evidence(values, valid, days, day_of_year)
-            calibrated: Tensor = self.calibration(*evidence)
+            calibrated: Tensor = self.calibration(*evidence, elsewhere)
             return calibrated
         outputs = self.each(values, valid, days, day_of_year)
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
@@ -206,7 +211,12 @@ class PixelGraph(nn.Module):
         return outputs, embedded[0]
 
     def forward(
-        self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
+        self,
+        values: Tensor,
+        valid: Tensor,
+        days: Tensor,
+        day_of_year: Tensor | None = None,
+        elsewhere: Tensor | None = None,
     ) -> Tensor:
         """Predict for pixels; the class describes the output.
 
@@ -215,8 +225,10 @@ class PixelGraph(nn.Module):
             valid: True where usable (N, T).
             days: days since the window's first day (T).
             day_of_year: day of the year of the first day (N), 1 to 366, for a calendar encoder.
+            elsewhere: 1 where the place is far from those of the training data, 0 where it is not
+                or is unknown (N), for a forecast; None is 0.
         """
-        out = self.raw(values, valid, days, day_of_year)
+        out = self.raw(values, valid, days, day_of_year, elsewhere)
         if isinstance(self.head, ClassificationHead):
             return self.head.probabilities(out)
         return out

@@ -701,7 +701,11 @@ def _validation_of_series(
 
 def _series_in(file: Path) -> list[Series]:
     """The series of a CSV or JSON file."""
-    return [Series(id=s.id, dates=s.dates, **s.bands) for s in series_of_file(file)]
+    return [
+        Series(id=s.id, dates=s.dates, lon=lon, lat=lat, **s.bands)
+        for s in series_of_file(file)
+        for lon, lat in (s.lonlat or (None, None),)
+    ]
 
 
 @app.command()

@@ -231,27 +231,42 @@ class Series:
     Args:
         id: any name; the result repeats it.
         dates: acquisition dates (T).
+        lon: longitude in degrees. With a place, the server knows whether it is far from the model's
+            training data.
+        lat: latitude in degrees.
         **bands: values (T) of each band that the model's card lists: reflectance, unitless, 0 to 1.
             None, NaN, a masked value and pandas' `NA` are missing observations.
 
     Attributes:
         id: the name given.
         dates: the dates as ISO text.
+        lonlat: longitude and latitude, None if they were not given.
         bands: band name to values; a missing observation is None.
 
     Raises:
-        ValueError: dates and values differ in number, no band is given, a value is infinite, or a
-            date is missing.
+        ValueError: dates and values differ in number, no band is given, a value is infinite, a date
+            is missing, or only one of lon and lat is given.
         TypeError: a value is not a number, or a date is not a date.
     """
 
-    def __init__(self, *, id: str, dates: Dates, **bands: Values) -> None:  # noqa: A002 (the contract's name)
+    def __init__(
+        self,
+        *,
+        id: str,  # noqa: A002 (the contract's name)
+        dates: Dates,
+        lon: float | None = None,
+        lat: float | None = None,
+        **bands: Values,
+    ) -> None:
         if not bands:
             raise ValueError(
                 f"series '{id}' has no band: give the values of each band that the model needs, "
                 "such as B02=[…]"
             )
+        if (lon is None) != (lat is None):
+            raise ValueError(f"series '{id}': give both lon and lat, or none of them")
         self.id = id
+        self.lonlat = None if lon is None or lat is None else (float(lon), float(lat))
         self.dates = tuple(_dates(dates, f"series '{id}': dates"))
         self.bands: Mapping[str, tuple[float | None, ...]] = {
             name: _reflectance(values, f"series '{id}': {name}") for name, values in bands.items()
@@ -266,7 +281,8 @@ class Series:
     def to_json(self) -> dict[str, Any]:
         """The series in the server's JSON form; a missing observation is null."""
         bands = {name: list(values) for name, values in self.bands.items()}
-        return {"id": self.id, "dates": list(self.dates), **bands}
+        place = dict(zip(("lon", "lat"), self.lonlat or (), strict=False))
+        return {"id": self.id, "dates": list(self.dates), **place, **bands}
 
     def __repr__(self) -> str:
         return f"<Series {self.id}: {len(self.dates)} dates of {', '.join(self.bands)}>"

@@ -35,6 +35,8 @@ class SeriesRows:
     dates: list[str]
     bands: dict[str, list[float | None]]
     """Band name to values; None for an empty cell."""
+    lonlat: tuple[float, float] | None = None
+    """Longitude and latitude in degrees; None if the file has none."""
 
 
 def points_of_file(path: Path) -> dict[str, Any]:
@@ -82,8 +84,9 @@ def series_of_file(path: Path) -> list[SeriesRows]:
     """Series of a CSV or JSON file.
 
     A CSV has one row per observation: a column `date`, one column per band (`B02`), and a column
-    `id` if it holds more than one series. An empty cell is a missing observation. A JSON file holds
-    a list of series, or the body of a series request: `{"series": [{"id", "dates", "B02", …}]}`.
+    `id` if it holds more than one series. An empty cell is a missing observation. Columns of a
+    longitude and a latitude are the place of the series, by its first row. A JSON file holds a list
+    of series, or the body of a series request: `{"series": [{"id", "dates", "B02", …}]}`.
 
     Raises:
         ValueError: the file is not of this form; the message names the row or what is missing.
@@ -135,10 +138,7 @@ def _points_of_csv(path: Path, text: str) -> dict[str, Any]:
             "type": "Feature",
             "geometry": {
                 "type": "Point",
-                "coordinates": [
-                    table.degrees(row[lon], 180, f"{label}, column {lon}"),
-                    table.degrees(row[lat], 90, f"{label}, column {lat}"),
-                ],
+                "coordinates": list(_place(table, row, label, lon, lat)),
             },
             "properties": {key: value for key, value in row.items() if key not in {lon, lat}},
         }
@@ -153,15 +153,19 @@ def _points_of_csv(path: Path, text: str) -> dict[str, Any]:
 def _series_of_csv(path: Path, text: str) -> list[SeriesRows]:
     table = _Table.of(path, text)
     date, name = table.column(DATE, "dates"), table.find(ID)
-    bands = [column for column in table.header if column not in {date, name}]
+    lon, lat = table.find(LONGITUDE), table.find(LATITUDE)
+    placed = lon is not None and lat is not None
+    bands = [c for c in table.header if c not in {date, name, *((lon, lat) if placed else ())}]
     if not bands:
         raise ValueError(f"{path} has no column of a band: give one column per band, such as B02")
     found: dict[str, SeriesRows] = {}
     for label, row in table.rows():
         key = path.stem if name is None else row[name]
-        series = found.setdefault(
-            key, SeriesRows(id=key, dates=[], bands={band: [] for band in bands})
-        )
+        series = found.get(key)
+        if series is None:
+            lonlat = _place(table, row, label, lon, lat) if lon and lat else None
+            series = SeriesRows(id=key, dates=[], bands={b: [] for b in bands}, lonlat=lonlat)
+            found[key] = series
         series.dates.append(row[date])
         for band in bands:
             cell = row[band].strip()
@@ -174,13 +178,28 @@ def _series_of_csv(path: Path, text: str) -> list[SeriesRows]:
     return list(found.values())
 
 
+def _place(
+    table: _Table, row: Mapping[str, str], label: str, lon: str, lat: str
+) -> tuple[float, float]:
+    """Longitude and latitude of a row, in degrees."""
+    return (
+        table.degrees(row[lon], 180, f"{label}, column {lon}"),
+        table.degrees(row[lat], 90, f"{label}, column {lat}"),
+    )
+
+
 def _series_of_json(path: Path, one: object, number: int) -> SeriesRows:
     if not isinstance(one, Mapping) or not isinstance(one.get("dates"), list):
         raise ValueError(  # noqa: TRY004 (the content of a file, not an argument)
             f'{path}: series {number} is not {{"id", "dates": […], "B02": […], …}}'
         )
-    bands = {name: value for name, value in one.items() if name not in {"id", "dates"}}
-    return SeriesRows(id=str(one.get("id", number)), dates=one["dates"], bands=bands)
+    others = {"id", "dates", "lon", "lat"}
+    bands = {name: value for name, value in one.items() if name not in others}
+    lon, lat = one.get("lon"), one.get("lat")
+    if (lon is None) != (lat is None):
+        raise ValueError(f"{path}: series {number} has only one of lon and lat: give both or none")
+    lonlat = None if lon is None or lat is None else (lon, lat)
+    return SeriesRows(id=str(one.get("id", number)), dates=one["dates"], bands=bands, lonlat=lonlat)
 
 
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t])")

@@ -20,9 +20,19 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError
 from rasterio.windows import Window
 
+from models.card import Box
 from service.errors import GridMismatch, NoGeoreference
 
-__all__ = ["CRSError", "GDALError", "Grid", "Window", "crs_name", "crs_of", "transformed"]
+__all__ = [
+    "CRSError",
+    "GDALError",
+    "Grid",
+    "Window",
+    "crs_name",
+    "crs_of",
+    "kilometres",
+    "transformed",
+]
 
 _TOLERANCE = 1e-3
 """Largest distance of corresponding corners, pixels: programs round transforms differently."""
@@ -318,30 +328,18 @@ class Grid:
         xs = place.a * columns + place.b * rows + place.c
         return transformed(self.crs, crs, xs, place.d * columns + place.e * rows + place.f)
 
-    def kilometres_from(self, boxes: Sequence[tuple[float, float, float, float]]) -> float | None:
-        """Distance from the nearest of some boxes, km; None if the CRS is not one of the Earth.
-
-        The least great-circle distance between points on a lattice over the grid and points along
-        the edges of the boxes, 0 if a point of the grid lies in a box. A sphere is up to 0.5 % off.
+    def kilometres_from(self, boxes: Sequence[Box]) -> float | None:
+        """Distance from the nearest of some boxes, km: that of a lattice of points on the grid.
 
         Args:
-            boxes: west, south, east and north of each, degrees; at least one.
+            boxes: at least one.
+
+        Returns:
+            0 if a point of the grid is in a box; None if the CRS is not one of the Earth.
         """
         lon, lat = self._lattice(_DEGREES)
         known = np.isfinite(lon) & np.isfinite(lat)
-        if not known.any():
-            return None
-        lon, lat = lon[known], lat[known]
-        west, south, east, north = np.array(boxes).T[..., None]
-        along, up = np.array([(t, s) for t in _EDGE for s in _EDGE if {t, s} & {0.0, 1.0}]).T
-        edges = np.stack([west + along * (east - west), south + up * (north - south)])
-        inside = (lat >= south) & (lat <= north) & ((lon - west) % _TURN <= east - west)
-        if inside.any():
-            return 0.0
-        x, y = np.radians(edges.reshape(2, 1, -1))
-        lon, lat = np.radians(lon)[:, None], np.radians(lat)[:, None]
-        chord = np.sin((y - lat) / 2) ** 2 + np.cos(y) * np.cos(lat) * np.sin((x - lon) / 2) ** 2
-        return float(2 * _RADIUS_KM * np.arcsin(np.sqrt(np.clip(chord.min(), 0.0, 1.0))))
+        return kilometres(lon[known], lat[known], boxes) if known.any() else None
 
     def away(self, lonlat: Sequence[tuple[float, float]] = ()) -> str:
         """Where the grid is, for a message about places that are all outside it.
@@ -391,6 +389,30 @@ class Grid:
                 f"{differs}: its transform is {_numbers(other.transform)}, not "
                 f"{_numbers(self.transform)}, up to {away:.4g} pixels away"
             )
+
+
+def kilometres(lon: ArrayLike, lat: ArrayLike, boxes: Sequence[Box]) -> float:
+    """Least distance of some points from some boxes, km; 0 if a point is in a box.
+
+    The great-circle distance from points along the edges of the boxes, by the haversine formula; a
+    sphere is up to 0.5 % off.
+
+    Args:
+        lon: longitude of each point (N), degrees.
+        lat: latitude of each point (N).
+        boxes: at least one.
+    """
+    x, y = np.atleast_1d(lon), np.atleast_1d(lat)
+    west, south, east, north = np.array(boxes).T[..., None]
+    if ((y >= south) & (y <= north) & ((x - west) % _TURN <= east - west)).any():
+        return 0.0
+    along, up = np.array([(t, s) for t in _EDGE for s in _EDGE if {t, s} & {0.0, 1.0}]).T
+    edge_x = np.radians(west + along * (east - west)).ravel()
+    edge_y = np.radians(south + up * (north - south)).ravel()
+    x, y = np.radians(x)[:, None], np.radians(y)[:, None]
+    chord = np.sin((edge_y - y) / 2) ** 2
+    chord += np.cos(edge_y) * np.cos(y) * np.sin((edge_x - x) / 2) ** 2
+    return float(2 * _RADIUS_KM * np.arcsin(np.sqrt(np.clip(chord.min(), 0.0, 1.0))))
 
 
 def transformed(

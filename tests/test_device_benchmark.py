@@ -57,7 +57,7 @@ def test_only_values_and_validity_are_copied_to_the_session_and_no_plot(
     assert bundle is not None
     T, C, count = 36, len(bundle.card.bands), 512  # whole batches, nothing rounded up
     found = traffic(bundle, CPU, count, T)
-    own = 4 * bundle.card.day_of_year
+    own = 4 * (bundle.card.day_of_year + bundle.card.elsewhere)
     batches = count // PIXEL_BATCH[CPU]  # each also has `days`
     assert found.into * count == count * (T * (4 * C + 1) + own) + batches * 4 * T
     assert found.out == 4 * len(bundle.card.classes)

@@ -368,10 +368,10 @@ def test_only_pixels_that_a_field_covers_are_inferred(
 ) -> None:
     pixels, inferred = LoadedModel.pixels, 0
 
-    def counted(self: LoadedModel, values: Any, *others: Any) -> Any:
+    def counted(self: LoadedModel, values: Any, *others: Any, **more: Any) -> Any:
         nonlocal inferred
         inferred += len(values)
-        return pixels(self, values, *others)
+        return pixels(self, values, *others, **more)
 
     monkeypatch.setattr(LoadedModel, "pixels", counted)
     with Engine(Registry.load(zoo), providers="cpu") as engine:

@@ -84,6 +84,7 @@ class TestCalibration:
             near=0.9,
             far=1.4,
             damping=np.array([0.3, 0.1]),
+            elsewhere=np.array([0.25, 0.2]),
         )
         calibration = ForecastCalibration(D)
         write_calibration(calibration, fitted.document(), nearness)
@@ -97,15 +98,27 @@ class TestCalibration:
         assert (share < 1.0 + 1e-3).all()
         assert np.ptp(share) > 0.5
         assert (np.diff(after, axis=-1) > 0).all()
+        # Of pixels whose place is elsewhere, whatever their embedding.
+        far = np.arange(N) % 2 == 0
+        given = (outputs, embedding, found.anchors, far.astype(outputs.dtype))
+        told = calibration(*map(torch.from_numpy, given)).numpy()
+        expected = fitted.calibrated(found, elsewhere=True)
+        np.testing.assert_allclose(told[far], expected[far], atol=1e-5)
+        np.testing.assert_allclose(told[~far], after[~far], atol=1e-6)
+        moved = 0.25 * found.anchors[:, :1] + 0.2 * found.anchors[:, 1:] + 0.55 * mean[..., 1]
+        np.testing.assert_allclose(told[far, ..., 1], moved[far], atol=1e-5)
 
     def test_a_stored_calibration_without_damping_damps_nothing(self) -> None:
         rng = np.random.default_rng(3)
         fitted = fit_calibration([forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)])
-        earlier = {name: v for name, v in fitted.document().items() if name != "damping"}
+        later = {"damping", "elsewhere"}
+        earlier = {name: v for name, v in fitted.document().items() if name not in later}
         calibration = ForecastCalibration(D)
         calibration.damping.fill_(1.0)
+        calibration.elsewhere.fill_(1.0)
         write_calibration(calibration, earlier, fit_nearness([rng.normal(size=(50, D))], unit=1.0))
         assert (calibration.damping == 0).all()
+        assert (calibration.elsewhere == 0).all()
         assert calibration.far == pytest.approx(fitted.far, abs=1e-4)
 
     def test_the_anchors_are_the_last_value_and_the_mean_of_what_was_observed(self) -> None:
@@ -175,8 +188,8 @@ def forecasts(
     )
 
 
-def coverage(fitted: Calibration, found: Forecasts) -> float:
-    after = fitted.calibrated(found)
+def coverage(fitted: Calibration, found: Forecasts, *, elsewhere: bool = False) -> float:
+    after = fitted.calibrated(found, elsewhere=elsewhere)
     inside = (found.target >= after[..., 0]) & (found.target <= after[..., 2])
     return float(inside[found.known].mean())
 
@@ -226,14 +239,16 @@ class TestFit:
 
         near, far = [region(0.0, 0.0, 1500)], [region(0.2, 0.1, 400), region(0.4, 0.1, 4000)]
         fitted = fit_calibration(near, far)
-        np.testing.assert_allclose(fitted.damping, [0.3, 0.1], atol=0.02)
+        np.testing.assert_allclose(fitted.elsewhere, [0.3, 0.1], atol=0.02)
+        # At this distance a pixel whose place is unknown takes half of its shares.
+        np.testing.assert_allclose(fitted.damping, [0.6, 0.2], atol=0.04)
         away = fit_calibration(near, [region(-0.05, 0.3, 400)])
-        assert away.damping[0] == 0.0
-        assert 0.2 < away.damping[1] < 0.3
+        assert away.elsewhere[0] == 0.0
+        assert 0.2 < away.elsewhere[1] < 0.3
         for part in far:
             plain_error, error = (
                 np.abs(quantiles[..., 1] - part.target).mean()
-                for quantiles in (part.quantiles, fitted.calibrated(part))
+                for quantiles in (part.quantiles, fitted.calibrated(part, elsewhere=True))
             )
             assert error < plain_error
 
@@ -357,11 +372,13 @@ class TestRuns:
         found = Forecasts(**{name: made[name] for name in names}, distance=distance)
         stored = dict(report.calibration["band"])
         assert (stored.pop("disagreement"), stored.pop("power")) == (6.0, 0.5)
-        arrays = {name: np.asarray(stored[name]) for name in ("weight", "damping")}
+        arrays = {name: np.asarray(stored[name]) for name in ("weight", "damping", "elsewhere")}
         fitted = Calibration(**{**stored, **arrays})
-        assert report.regions["pune"]["coverage"] == pytest.approx(
-            coverage(fitted, found), abs=2e-3
-        )
+        scores = report.regions["pune"]
+        known = coverage(fitted, found, elsewhere=True)
+        assert scores["coverage"] == pytest.approx(known, abs=2e-3)
+        unknown = coverage(fitted, found)
+        assert scores["place_unknown"]["coverage"] == pytest.approx(unknown, abs=2e-3)
         text = (runs / "results.md").read_text()
         assert f"| flanders | {flanders['n']} | {flanders['rmse']:.3f} |" in text
         assert f"| flanders | {beside['n']} | {beside['rmse']:.3f} |" in text

@@ -568,9 +568,9 @@ def test_the_time_of_answering_is_told_of_one_window_too(engine, scene, tmp_path
     model = engine.models["pixels-landcover"]
     predict = model.pixels
 
-    def pixels(*given):
+    def pixels(*given, **more):
         time.sleep(0.2)
-        return predict(*given)
+        return predict(*given, **more)
 
     monkeypatch.setattr(model, "pixels", pixels)
     timing = run_raster(make_work(plan_raster(model, scene.stack()), tmp_path)).timing
@@ -603,10 +603,10 @@ def test_a_fault_in_one_window_stops_the_run(engine, scene, tmp_path, monkeypatc
     parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.prediction_bytes, TINY)
     wrong = 1 if failing == "first" else len(parts)
 
-    def pixels(*given):
+    def pixels(*given, **more):
         if next(numbers) == wrong:  # two threads never get the same number
             raise InternalError("this one fails")
-        return predict(*given)
+        return predict(*given, **more)
 
     monkeypatch.setattr(model, "pixels", pixels)
     with pytest.raises(InternalError, match="this one fails"):

@@ -109,6 +109,8 @@ def infer(
     }
     if bundle.card.day_of_year:
         feed["day_of_year"] = np.full(h * w, first_day.timetuple().tm_yday, np.float32)
+    if bundle.card.elsewhere:
+        feed["elsewhere"] = np.zeros(h * w, np.float32)
     session = onnxruntime.InferenceSession(bundle.path(), providers=["CPUExecutionProvider"])
     predicted = session.run(None, feed)[0]
     predicted[feed["valid"].sum(1) < bundle.card.min_observations] = np.nan

@@ -20,11 +20,12 @@ from pyproj import Geod
 from rasterio.warp import transform
 
 from benchmarks.serving import served
-from benchmarks.tiny_zoo import write_bundle
+from benchmarks.tiny_zoo import ELSEWHERE, write_bundle
 from service.api.schemas.validation import read_items, read_parameters
 from service.errors import InvalidRequest
 from service.jobs.serialise import request_document, request_of
 from service.read.geotiff import SourceFile
+from tests.kits.jobs import waited
 from tests.kits.rasters import UTM, write
 
 YEAR = [date(2021, 1, 5) + timedelta(days=30 * n) for n in range(12)]
@@ -244,6 +245,14 @@ EXTENTS = {
 }
 
 
+CORNERS = [(-0.1, -0.1), (-0.1, 0.1), (0.1, 0.1), (0.1, -0.1), (-0.1, -0.1)]
+
+
+def collection(geometry: dict[str, Any]) -> str:
+    feature = {"type": "Feature", "geometry": geometry, "properties": {}}
+    return json.dumps({"type": "FeatureCollection", "features": [feature]})
+
+
 @pytest.fixture(scope="module")
 def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Models that were trained around, beside and away from the stacks' place."""
@@ -252,8 +261,9 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         card = {"extent": extent, "intended_use": USE, "regions": REGIONS, "default": False}
         write_bundle(root, name, "classify-pixels", "pixel", **CARD, **card)
     scores = {"here": {"rmse": 0.1, "coverage": 0.9}, "there": {"rmse": 0.226, "coverage": 0.671}}
-    away = {"extent": EXTENTS["away"], "regions": scores, "default": False}
-    write_bundle(root, "forecast-away", "forecast", "pixel", **CARD, **away)
+    for name in ("around", "away"):
+        card = {"extent": EXTENTS[name], "regions": scores, "default": False}
+        write_bundle(root, f"forecast-{name}", "forecast", "pixel", elsewhere=True, **CARD, **card)
     with served(model_dir=root) as client:
         yield client
 
@@ -288,19 +298,65 @@ def test_the_warning_of_a_forecast_has_the_errors_of_forecasts(
     )
 
 
+def test_a_forecast_knows_whether_the_raster_is_far(placed: httpx.Client, tmp_path: Path) -> None:
+    """Rasters, points, fields and the hindcasts of a backtest are told of the place."""
+    files = stack(tmp_path)
+    lon, lat = transform(UTM, "EPSG:4326", [500_035], [5_599_965])
+    point = {"type": "Point", "coordinates": [lon[0], lat[0]]}
+    ring = [(lon[0] + x, lat[0] + y) for x, y in CORNERS]
+    polygon = {"type": "Polygon", "coordinates": [ring]}
+    found: dict[str, list[float]] = {}
+    for model in ("forecast-around", "forecast-away"):
+        data = {"model": model, "backtest": "false"}
+        raster = ask(placed, "forecast", files, **data).json()
+        own = [raster["NDVI"]["mean"][0]]
+        given = {**data, "points": collection(point)}
+        at = placed.post("/forecast", files=files, data=given).json()["features"][0]["properties"]
+        own.append(at["NDVI"]["q50"][0])
+        fields = [*files, ("fields", ("f.geojson", collection(polygon), "application/geo+json"))]
+        of = placed.post("/forecast", files=fields, data=data).json()["features"][0]["properties"]
+        own.append(of["NDVI"]["q50"][0])
+        tested = ask(placed, "forecast", files, model=model, backtest="true").json()["backtest"]
+        own.append(tested["rmse"]["model"])
+        found[model] = own
+    *values, error = np.subtract(found["forecast-away"], found["forecast-around"])
+    np.testing.assert_allclose(values, ELSEWHERE, atol=1e-6)
+    assert error != 0
+
+
+def test_a_series_may_have_a_place(placed: httpx.Client) -> None:
+    values = {"B02": [0.04] * 12, "B04": [0.05] * 12, "B08": [0.3] * 12}
+    one = {"dates": [str(d) for d in YEAR], **values}
+    near, far = {"lon": 6.5, "lat": 50.5}, {"lon": 3.0, "lat": 50.5}
+    body = {
+        "series": [{"id": "a", **one, **near}, {"id": "b", **one}, {"id": "c", **one, **far}],
+        "model": "forecast-away",
+        "backtest": False,
+    }
+    response = placed.post("/forecast", json=body)
+    a, b, c = (result["NDVI"]["q50"][0] for result in response.json()["results"])
+    assert (b, c) == pytest.approx((a, a + ELSEWHERE))
+    detail = warnings_of(response)["outside_training"]
+    assert detail.startswith("series 'c': it is about 2")
+    assert "'a'" not in detail
+    assert "'b'" not in detail
+    # The same in a job, which stores the request.
+    job = placed.post("/forecast", json=body, headers={"Prefer": "respond-async"})
+    assert waited(placed, job.json()["jobID"])["status"] == "successful"
+    later = placed.get(f"/jobs/{job.json()['jobID']}/result").json()
+    assert later["results"] == response.json()["results"]
+    lacking = {**body, "series": [{"id": "a", **one, "lon": 3.0}]}
+    problem = placed.post("/forecast", json=lacking).json()
+    assert problem["status"] == 422
+    assert "lon is given without lat: give both or none" in problem["detail"]
+
+
 def test_every_answer_states_what_it_is_good_for(placed: httpx.Client, tmp_path: Path) -> None:
     files, data = stack(tmp_path), {"model": "away"}
     lon, lat = transform(UTM, "EPSG:4326", [500_035], [5_599_965])
-    feature = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [lon[0], lat[0]]}}
-    points = json.dumps({"type": "FeatureCollection", "features": [feature]})
-    corners = [(-0.1, -0.1), (-0.1, 0.1), (0.1, 0.1), (0.1, -0.1), (-0.1, -0.1)]
-    ring = [(lon[0] + x, lat[0] + y) for x, y in corners]
-    feature = {
-        "type": "Feature",
-        "geometry": {"type": "Polygon", "coordinates": [ring]},
-        "properties": {},
-    }
-    text = json.dumps({"type": "FeatureCollection", "features": [feature]})
+    points = collection({"type": "Point", "coordinates": [lon[0], lat[0]]})
+    ring = [(lon[0] + x, lat[0] + y) for x, y in CORNERS]
+    text = collection({"type": "Polygon", "coordinates": [ring]})
     fields = [*files, ("fields", ("fields.geojson", text, "application/geo+json"))]
     answers = [
         ask(placed, "classify-pixels", files, **data),

@@ -212,10 +212,10 @@ def test_series_stop_when_the_run_is_cancelled(classifier, monkeypatch):
     cancelled, runs = threading.Event(), []
     predict = type(classifier).pixels
 
-    def counted(self, *given):
+    def counted(self, *given, **more):
         runs.append(len(given[0]))
         cancelled.set()
-        return predict(self, *given)
+        return predict(self, *given, **more)
 
     monkeypatch.setattr(type(classifier), "pixels", counted)
     monkeypatch.setattr("service.run.series.SERIES_BATCH_BYTES", 1)  # a batch for each series

@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.card import CARD_FILE, OUTPUTS, REFLECTANCE, ModelCard, Precision, Variant
+from models.card import (
+    CARD_FILE,
+    OUTPUTS,
+    PATCH_INPUTS,
+    PIXEL_INPUTS,
+    REFLECTANCE,
+    ModelCard,
+    Precision,
+    Variant,
+)
 from models.registry import load_bundle, sha256_of
 from training import validation_outputs
 from training.card import (
@@ -92,9 +101,8 @@ def export_run(
             fields["metrics"]["band"] = calibration.pop("note", CALIBRATED)
         fields["training"]["calibration"] = calibration
     one = [
-        torch.from_numpy(array if key == "days" else array[:1])
-        for key, array in real.items()
-        if key != "day_of_year" or fields["day_of_year"]
+        torch.from_numpy(real[name] if name == "days" else real[name][:1])
+        for name in _inputs(fields)
     ]
     size = {"parameters": parameters(graph), "megaflop": round(megaflop(graph, one), 2)}
     stored = (folder / validation_outputs.FILE).exists()
@@ -225,6 +233,13 @@ def describe(folder: Path, *, version: str) -> Path:
     return folder
 
 
+def _inputs(fields: Mapping[str, Any]) -> Sequence[str]:
+    """Names of a graph's inputs, from the fields of its card."""
+    if fields["modality"] == "patch":
+        return PATCH_INPUTS
+    return (*PIXEL_INPUTS, *(n for n in ("day_of_year", "elsewhere") if fields.get(n)))
+
+
 def _export(
     graph: Graph,
     path: Path,
@@ -232,7 +247,7 @@ def _export(
     *,
     reflectance: type[np.floating[Any]] = np.float32,
 ) -> None:
-    example = next(random_inputs(graph, day_of_year=fields["day_of_year"]))
+    example = next(random_inputs(graph, _inputs(fields)))
     to_onnx(
         graph,
         path,

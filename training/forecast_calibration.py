@@ -124,15 +124,10 @@ class Forecasts:
         """How unlike the training series each pixel is (N), 0 to 1, by its distance."""
         return np.asarray(1.0 - CLOSEST / self.distance)
 
-    def damped(self, damping: Floats, other: Floats | float = 1.0) -> Forecasts:
-        """These forecasts, moved towards the anchors.
-
-        Args:
-            damping: share of each anchor (A) for a pixel wholly unlike the training series.
-            other: probability of another region, of each pixel (N) or of all.
-        """
-        shares = (other * self.unlike())[:, None, None, None] * damping
-        moved = (self.towards() * shares).sum(axis=-1, keepdims=True)
+    def damped(self, shares: Floats) -> Forecasts:
+        """These forecasts, moved towards the anchors by these shares (A), or by pixel (N, A)."""
+        wide = np.broadcast_to(shares, (len(self.distance), ANCHORS))[:, None, None]
+        moved = (self.towards() * wide).sum(axis=-1, keepdims=True)
         return replace(self, quantiles=self.quantiles + moved)
 
     def widening(self) -> Floats:
@@ -164,13 +159,21 @@ class Calibration:
     """Factor on others."""
     damping: Floats
     """Share of each anchor in the median of a pixel wholly unlike the training series (A)."""
+    elsewhere: Floats
+    """The same of a pixel whose place is known to be far from the training data (A)."""
 
-    def calibrated(self, found: Forecasts) -> Floats:
-        """Calibrated quantiles (N, H, S, 3): a plain reference for `ForecastCalibration`."""
+    def calibrated(self, found: Forecasts, *, elsewhere: bool = False) -> Floats:
+        """Calibrated quantiles (N, H, S, 3): a plain reference for `ForecastCalibration`.
+
+        Args:
+            found: the forecasts.
+            elsewhere: whether their place is known to be far from the training data.
+        """
         odds = found.embedding @ self.weight + self.bias
-        other = 1.0 / (1.0 + np.exp(-odds))
+        other = np.ones(len(odds)) if elsewhere else 1.0 / (1.0 + np.exp(-odds))
         factor = self.near ** (1.0 - other) * self.far**other * found.widening()
-        quantiles = found.damped(self.damping, other).quantiles
+        shares = (other * found.unlike())[:, None] * self.damping
+        quantiles = found.damped(self.elsewhere if elsewhere else shares).quantiles
         median = quantiles[..., 1:2]
         return np.asarray(median + (quantiles - median) * factor[:, None, None, None])
 
@@ -178,6 +181,7 @@ class Calibration:
         """The calibration as JSON values."""
         return {
             "damping": self.damping.round(4).tolist(),
+            "elsewhere": self.elsewhere.round(4).tolist(),
             "disagreement": _DISAGREEMENT,
             "power": _POWER,
             "near": round(self.near, 4),
@@ -218,23 +222,32 @@ def fit_calibration(
     classifier = LogisticRegression(C=_INVERSE_PENALTY, max_iter=200)
     classifier.fit((x - mean) / deviation, label, sample_weight=share * len(x) / share.sum())
     weight = classifier.coef_[0] / deviation
-    damping = _damping(far)
+    elsewhere = _shares(far, [np.ones(len(part.distance)) for part in far])
     return Calibration(
         weight=weight,
         bias=float(classifier.intercept_[0] - mean @ weight),
         near=_factor(near),
-        far=_factor([part.damped(damping) for part in far]) * narrower,
-        damping=damping,
+        far=_factor([part.damped(elsewhere) for part in far]) * narrower,
+        damping=_shares(far, [part.unlike() for part in far]),
+        elsewhere=elsewhere,
     )
 
 
-def _damping(parts: Sequence[Forecasts]) -> Floats:
-    """The damping (A) with the least squared error, not negative; parts have the same weight."""
+def _shares(parts: Sequence[Forecasts], weights: Sequence[Floats]) -> Floats:
+    """Shares of the anchors (A) with the least squared error, not negative.
+
+    Args:
+        parts: forecasts; all parts have the same weight.
+        weights: factor on the shares of each pixel (N), by part.
+    """
     errors = [(part.target - part.quantiles[..., 1])[part.known] for part in parts]
     if not sum(map(len, errors)):
         return np.zeros(ANCHORS)
     towards = np.concatenate(
-        [(part.towards() * part.unlike()[:, None, None, None])[part.known] for part in parts]
+        [
+            (part.towards() * weight[:, None, None, None])[part.known]
+            for part, weight in zip(parts, weights, strict=True)
+        ]
     )
     fit = LinearRegression(fit_intercept=False, positive=True)
     fit.fit(towards, np.concatenate(errors), equal_weights(errors))
@@ -252,10 +265,11 @@ def write_calibration(
 ) -> None:
     """Write a calibration into that of a graph, in place.
 
-    Those of earlier versions have no damping.
+    Those of earlier versions have no damping, or none for known places.
     """
     values = {
         "damping": [0.0] * ANCHORS,
+        "elsewhere": [0.0] * ANCHORS,
         **document,
         "projection": nearness.projection,
         "references": nearness.references,

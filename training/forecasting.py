@@ -215,7 +215,7 @@ class PixelForecast:
         """Quantiles (N, H, S, Q), targets and which are known (N, H, S) at the scored cut."""
         positions = np.full(len(self.validation), SCORED_CUT)
         *inputs, target, known = (a.numpy() for a in self._tensors(self.validation, positions))
-        return series_outputs(graph, *inputs), target, known
+        return series_outputs(graph, *inputs, np.zeros(len(target), np.float32)), target, known
 
     def quantiles(self, graph: PixelGraph, table: SeriesTable, positions: Ints) -> Floats:
         """Forecasts of series of any table from their cuts (N, H, S, Q).
@@ -232,7 +232,8 @@ class PixelForecast:
         valid, days, day_of_year, _, _ = cut(
             table, positions, config.window.steps, config.window.step_days, config.horizon
         )
-        return series_outputs(graph, table.values, valid, days, day_of_year)
+        inside = np.zeros(len(table), np.float32)
+        return series_outputs(graph, table.values, valid, days, day_of_year, inside)
 
     def evidence(self, graph: PixelGraph, table: SeriesTable, positions: Ints) -> Outputs:
         """Forecasts before their calibration, with what they are calibrated on.
@@ -308,6 +309,8 @@ class PixelForecast:
         """The fields of a card that follow from the configuration."""
         return {
             **pixel_shape(self.config),
+            # A graph's inputs are given by position, and `elsewhere` comes after `day_of_year`.
+            "elsewhere": self.config.encoder.calendar,
             "task": "forecast",
             "horizon": self.config.horizon,
             "quantiles": self.config.quantiles,

@@ -26,6 +26,7 @@ _AXES: Mapping[str, tuple[str, ...]] = {
     "valid": ("N", "T"),
     "days": ("T",),
     "day_of_year": ("N",),
+    "elsewhere": ("N",),
     "patches": ("N",),
 }
 

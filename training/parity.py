@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Served:
 
     def __init__(self, path: Path) -> None:
         self.session = open_cpu(path)
-        self.names = [i.name for i in self.session.get_inputs()]
+        self.names = _names(self.session)
 
     def eval(self) -> Served:
         """Do nothing: an ONNX file has no training mode."""
@@ -81,7 +81,7 @@ def check_parity_int8(graph: Graph, path: Path, real: Inputs) -> float:
             of the two has NaN where the other does not.
     """
     session = open_cpu(path)
-    for inputs in random_inputs(graph, day_of_year=_takes_day_of_year(session)):
+    for inputs in random_inputs(graph, _names(session)):
         _difference(graph, session, inputs, path.name)
     mean = float(np.nan_to_num(_difference(graph, session, real, path.name)).mean())
     if mean > INT8_TOLERANCE:
@@ -106,7 +106,7 @@ def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = T
     """
     session = open_cpu(path)
     worst = 0.0
-    for inputs in (*random_inputs(graph, day_of_year=_takes_day_of_year(session)), real):
+    for inputs in (*random_inputs(graph, _names(session)), real):
         worst = max(
             worst, float(np.nan_to_num(_difference(graph, session, inputs, path.name)).max())
         )
@@ -118,8 +118,8 @@ def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = T
     return worst
 
 
-def _takes_day_of_year(session: onnxruntime.InferenceSession) -> bool:
-    return "day_of_year" in {i.name for i in session.get_inputs()}
+def _names(session: onnxruntime.InferenceSession) -> list[str]:
+    return [i.name for i in session.get_inputs()]
 
 
 def _difference(
@@ -129,7 +129,7 @@ def _difference(
 
     Relative to the largest value if that is above 1, as an embedding's may be.
     """
-    names = [i.name for i in session.get_inputs()]
+    names = _names(session)
     served = session.run(None, _fed(session, {name: inputs[name] for name in names}))[0]
     with torch.inference_mode():
         expected = graph(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
@@ -177,8 +177,13 @@ def pixel_inputs(graph: PixelGraph, n: int, dates: int) -> dict[str, NDArray[Any
     return inputs
 
 
-def random_inputs(graph: Graph, *, day_of_year: bool) -> Iterator[dict[str, NDArray[Any]]]:
-    """Random inputs: many dates, one pixel, one date, missing values, pixels without a date."""
+def random_inputs(graph: Graph, names: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
+    """Random inputs: many dates, one pixel, one date, missing values, pixels without a date.
+
+    Args:
+        graph: takes them.
+        names: of the inputs, in the graph's order.
+    """
     rng = np.random.default_rng(0)
     if isinstance(graph, PatchGraph):
         for n in (3, 1, 17):
@@ -197,7 +202,7 @@ def random_inputs(graph: Graph, *, day_of_year: bool) -> Iterator[dict[str, NDAr
             "values": values,
             "valid": valid,
             "days": np.sort(rng.uniform(0, 360, t)).astype(np.float32),
+            "day_of_year": rng.integers(1, 367, n).astype(np.float32),
+            "elsewhere": rng.integers(0, 2, n).astype(np.float32),
         }
-        if day_of_year:
-            inputs["day_of_year"] = rng.integers(1, 367, n).astype(np.float32)
-        yield inputs
+        yield {name: inputs[name] for name in names}

@@ -259,7 +259,7 @@ def evaluate_runs(trained: Path, without: Sequence[Path], plan: Plan) -> Report:
             [far[n] for n in others],
             embeddings=networks.embeddings([*others, *networks.others(names)]),
         )
-        regions[name] = forecast_region(networks.monthly(name), fitted.calibrated(far[name]))
+        regions[name] = _elsewhere(networks.monthly(name), far[name], fitted)
     # Networks that were trained on the validation places cannot state how far such places lie.
     nearness = before.distance
     if ours is not before:
@@ -271,7 +271,7 @@ def evaluate_runs(trained: Path, without: Sequence[Path], plan: Plan) -> Report:
         narrower=_narrower(away, before),
     )
     for name, own in ours.never_trained_on(plan.run).items():
-        regions[name] = forecast_region(own, fitted.calibrated(_uncalibrated(own, nearness)))
+        regions[name] = _elsewhere(own, _uncalibrated(own, nearness), fitted)
     for name in names:
         # Places that these networks did not see, in regions that they did; most have none.
         held_out = before.held_out(name)
@@ -423,9 +423,17 @@ def _calibrated_report(
     regions = {}
     for name, own in outputs.items():
         fitted = fit([n for n in far if n != name])
-        regions[name] = forecast_region(own, fitted.calibrated(_uncalibrated(own, nearness)))
+        regions[name] = _elsewhere(own, _uncalibrated(own, nearness), fitted)
     calibration = _calibration(fit(list(far)), near, nearness)
     return Report(calibration=calibration, regions=regions, nearness=nearness)
+
+
+def _elsewhere(own: Outputs, found: Forecasts, fitted: Calibration) -> dict[str, Any]:
+    """Scores of a region that is not trained on, and those where its place is unknown."""
+    unknown = forecast_region(own, fitted.calibrated(found))
+    return forecast_region(own, fitted.calibrated(found, elsewhere=True)) | {
+        "place_unknown": {key: unknown[key] for key in ("rmse", "coverage")}
+    }
 
 
 def _narrower(away: Mapping[str, _Forecaster], narrow: _Forecaster) -> float:
@@ -1045,7 +1053,9 @@ def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) 
     yield (
         f"{', '.join(names)}: each scored by a run of the same configuration that left it out of "
         "training, under the calibration fitted on the other ones. The other rows are of "
-        f"the bundle's networks and its calibration. {_HOW_SCORED} One seed."
+        f"the bundle's networks and its calibration. {_HOW_SCORED} The calibration knows that the "
+        "place is not one of training, as the service does of a raster (`elsewhere`); "
+        "`place unknown` is of series without a place. One seed."
     )
     yield ""
     yield from _forecast_table(regions)
@@ -1060,11 +1070,13 @@ def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) 
 
 
 def _forecast_table(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    unknown = any("place_unknown" in r for r in regions.values())
     yield (
         "| region | n | RMSE | RMSE not calibrated | persistence | where last year is known | "
         "last year | coverage | by step | by month | coverage not calibrated |"
+        + (" RMSE, place unknown | coverage, place unknown |" if unknown else "")
     )
-    yield "|---" * 11 + "|"
+    yield "|---" * (13 if unknown else 11) + "|"
     for name, r in regions.items():
         months = [m["coverage"] for m in r["by_month"].values() if m["coverage"] is not None]
         steps = [c for c in r["coverage_by_step"] if c is not None]
@@ -1080,6 +1092,7 @@ def _forecast_table(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"{min(steps):.2f} to {max(steps):.2f}",
             f"{min(months):.2f} to {max(months):.2f}",
             _number(r["coverage_beside"]),
+            *(_number(r["place_unknown"][key]) for key in ("rmse", "coverage") if unknown),
         )
         yield "| " + " | ".join(map(str, cells)) + " |"
 

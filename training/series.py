@@ -289,6 +289,7 @@ def shared_dates(table: SeriesTable) -> Inputs:
         "valid": part.valid,
         "days": part.days[0],
         "day_of_year": np.ones(len(part), dtype=np.float32),
+        "elsewhere": np.zeros(len(part), dtype=np.float32),
     }
 
 
@@ -309,6 +310,7 @@ def typical_dates(table: SeriesTable) -> list[Inputs]:
                 "valid": part.valid[:, seen],
                 "days": part.days[0, seen],
                 "day_of_year": rng.integers(1, 367, len(part)).astype(np.float32),
+                "elsewhere": np.zeros(len(part), dtype=np.float32),
             }
         )
         taken += len(part)

@@ -174,6 +174,8 @@ class LoadedModel:
         valid: NDArray[np.bool_],
         days: NDArray[np.float32],
         day_of_year: int | Floats | None = None,
+        *,
+        elsewhere: bool | NDArray[np.bool_] = False,
     ) -> Floats:
         """Predict for pixels.
 
@@ -184,6 +186,8 @@ class LoadedModel:
             days: days since the time window's first day (T) float32.
             day_of_year: day of the year of the time window's first day, 1 to 366, one for all
                 pixels or one per pixel (N). Required if the card has `day_of_year`.
+            elsewhere: whether the pixels are far from the places of the training data, one for all
+                pixels or one per pixel (N); for a model whose card has `elsewhere`.
 
         Returns:
             Probabilities (N, K), quantiles (N, H, S, Q) or embeddings (N, D), float32; NaN for a
@@ -200,6 +204,8 @@ class LoadedModel:
             if day_of_year is None:
                 raise InternalError(f"model '{self.card.id}' needs the day of the year")
             inputs["day_of_year"] = np.full(len(values), day_of_year, np.float32)
+        if self.card.elsewhere:
+            inputs["elsewhere"] = np.full(len(values), elsewhere, np.float32)
         shared = {"days": np.ascontiguousarray(days, np.float32)}
         return self._run(_Call.of(inputs, shared, self.width))
 
@@ -386,6 +392,7 @@ def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
         "valid": np.ones((count, dates), np.bool_),
         "days": np.linspace(0, length - 1, dates, dtype=np.float32),
         "day_of_year": np.ones(count, np.float32),
+        "elsewhere": np.zeros(count, np.float32),
     }
     return {name: feeds[name] for name in card.inputs}
 

@@ -200,6 +200,7 @@ _INPUTS: Mapping[str, tuple[type[np.generic], int]] = {
     "valid": (np.bool_, 2),
     "days": (np.float32, 1),
     "day_of_year": (np.float32, 1),
+    "elsewhere": (np.float32, 1),
     "patches": (np.float32, 4),
 }
 _KINDS: Mapping[str, type[np.generic]] = {

@@ -43,7 +43,12 @@ def request_document(
     model = model or request.model
     if isinstance(request, SeriesRequest):
         series = [
-            {"id": one.id, "dates": _iso(one.dates), **{b: list(v) for b, v in one.bands.items()}}
+            {
+                "id": one.id,
+                "dates": _iso(one.dates),
+                **({} if one.lonlat is None else {"lonlat": list(one.lonlat)}),
+                **{b: list(v) for b, v in one.bands.items()},
+            }
             for one in request.series
         ]
         rest = {"model": model, "start": _iso(request.start), "horizon": request.horizon}
@@ -184,8 +189,12 @@ def _file_of(entry: list[str], folder: Path) -> SourceFile:
 
 def _series_of(entry: Mapping[str, Any]) -> SeriesInput:
     bands = {name: tuple(v) for name, v in entry.items() if name[0] == "B" and v is not None}
+    lonlat = entry.get("lonlat")
     return SeriesInput(
-        id=entry["id"], dates=tuple(map(date.fromisoformat, entry["dates"])), bands=bands
+        id=entry["id"],
+        dates=tuple(map(date.fromisoformat, entry["dates"])),
+        bands=bands,
+        lonlat=None if lonlat is None else (lonlat[0], lonlat[1]),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -152,6 +152,8 @@ class History:
     """Reflectance (N, T, C), bands in the card's order; any value where not valid."""
     valid: Bools
     """True where usable (N, T)."""
+    elsewhere: bool = False
+    """Whether the series are known to be far from the model's training data."""
 
 
 def predict_from_history(
@@ -189,12 +191,16 @@ def predict_from_history(
         check(cancelled)
         some = enough[start : start + model.chunk]
         predictions[some] = model.pixels(
-            values[some, -used:], valid[some, -used:], days, day_of_year
+            values[some, -used:],
+            valid[some, -used:],
+            days,
+            day_of_year,
+            elsewhere=history.elsewhere,
         )
     if not backtested:
         return predictions, None
     chosen = sample_of(enough)
-    sample = History(dates=history.dates, values=values[chosen], valid=valid[chosen])
+    sample = replace(history, values=values[chosen], valid=valid[chosen])
     found = run_backtest(model, [sample], cancelled=cancelled)
     if found is None:
         return predictions, None
@@ -258,16 +264,17 @@ def run_backtest(
 
 def _together(histories: Iterable[History]) -> list[History]:
     """Histories with the same dates joined into one, which the model predicts in one call."""
-    by_dates: dict[tuple[date, ...], list[History]] = defaultdict(list)
+    by_kind: dict[tuple[tuple[date, ...], bool], list[History]] = defaultdict(list)
     for history in histories:
-        by_dates[history.dates].append(history)
+        by_kind[history.dates, history.elsewhere].append(history)
     return [
         History(
             dates=dates,
             values=np.concatenate([one.values for one in alike]),
             valid=np.concatenate([one.valid for one in alike]),
+            elsewhere=elsewhere,
         )
-        for dates, alike in by_dates.items()
+        for (dates, elsewhere), alike in by_kind.items()
     ]
 
 
@@ -295,6 +302,7 @@ def _hindcasts(
             valid[enough][:, used],
             np.asarray(window.days(dates), np.float32),
             window.first_day.timetuple().tm_yday,
+            elsewhere=history.elsewhere,
         )
         before, own = indices[enough][:, : origin + 1], indices[enough]
         count = int(enough.sum())

@@ -20,6 +20,7 @@ from service.grid import Grid, Window
 from service.read.geotiff import BlockCache
 from service.read.radiometry import why_missing
 from service.run.executors import Executor, Timing, check
+from service.run.extent import outside_training
 from service.run.passes import Pass, Stages
 from service.run.plan import RasterRun, dates_summary
 from service.run.time_window import outside_time_window, partial_season
@@ -34,9 +35,6 @@ Floats = NDArray[np.float32]
 _OTHER_RESOLUTION = 2.05
 """Factor by which pixels may be larger or smaller than those of the training data without a
 warning: pixels of up to 20 m for a model trained on 10 m."""
-_NEAR_KM = 110.0
-"""Distance from the training places up to which a raster counts as beside them, km: the width of a
-Sentinel-2 tile."""
 _COVERED = 0.95
 """Share of a raster that a patch run must cover; a smaller share is warned of."""
 _COUNTS = "tally."
@@ -349,7 +347,7 @@ def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
         *outside_time_window(card, dates, run.time_window),
         *partial_season(card, dates, run.time_window),
         *_resolution(run),
-        *_outside_training(run),
+        *outside_training(card, run.kilometres_away, "the raster"),
         *_coverage(run),
         *(run.backtested.warnings if run.backtested else ()),
     )
@@ -402,23 +400,6 @@ def _resolution(run: RasterRun) -> tuple[StackWarning, ...]:
         f"{trained}: expect more errors, or resample the files (gdalwarp -tr)"
     )
     return (StackWarning(code="resolution_suspected", detail=detail),)
-
-
-def _outside_training(run: RasterRun) -> tuple[StackWarning, ...]:
-    """The warning that the raster is far from the places of the model's training data."""
-    card = run.model.card
-    if not card.extent:
-        return ()
-    away = run.stack.grid.kilometres_from(card.extent)
-    if away is None or away <= _NEAR_KM:
-        return ()
-    scores = card.worst_elsewhere()
-    detail = (
-        f"the raster is about {away:,.0f} km from the nearest place that '{card.id}' was trained on"
-        + (f"; {scores}" if scores else "")
-        + f". {card.intended_use}"
-    )
-    return (StackWarning(code="outside_training", detail=detail.rstrip()),)
 
 
 def _coverage(run: RasterRun) -> tuple[StackWarning, ...]:

@@ -371,7 +371,12 @@ class _Series(_Sums):
         days, day_of_year = model_time(run)
         predictions, self.backtested = predict_from_history(
             run.model,
-            History(dates=tuple(run.stack.dates[t] for t in run.read), values=values, valid=valid),
+            History(
+                dates=tuple(run.stack.dates[t] for t in run.read),
+                values=values,
+                valid=valid,
+                elsewhere=run.kilometres_away is not None,
+            ),
             used=len(run.used),
             days=days,
             day_of_year=day_of_year,

@@ -163,6 +163,7 @@ class PixelStages:
         self._dates = [run.stack.dates[t] for t in run.read]
         self._used = len(run.used)
         self._days, self._day_of_year = model_time(run)
+        self._elsewhere = run.kilometres_away is not None
         self._attributed = run.attribution
         self._cancelled = cancelled
         self._reader = reader
@@ -195,7 +196,7 @@ class PixelStages:
             part = slice(start, start + len(chunk))
             time = self._days, self._day_of_year
             seen = chunk_values[-self._used :].transpose(2, 0, 1), chunk_valid[-self._used :].T
-            found = self._model.pixels(*seen, *time)
+            found = self._model.pixels(*seen, *time, elsewhere=self._elsewhere)
             if self._backtested is not None:
                 found = self._backtested.corrected(
                     found, chunk_values.transpose(2, 0, 1), chunk_valid.T, self._dates, self._used

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from service.run.backtest import (
 )
 from service.run.coverage import check_coverage
 from service.run.executors import Timing, check
+from service.run.extent import kilometres_away
 from service.run.memory import (
     MemoryBudget,
     Need,
@@ -98,6 +100,11 @@ class RasterRun:
     """Whether the class map is written as polygons as well; `outputs` then holds `class`."""
     rasters: bool = True
     """Whether rasters are written; if not, only the summary is made."""
+
+    @cached_property
+    def kilometres_away(self) -> float | None:
+        """Distance from the model's training data, km; None if it is small or unknown."""
+        return kilometres_away(self.model.card, self.stack.grid)
 
     @property
     def operation(self) -> Runnable:

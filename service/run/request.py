@@ -161,6 +161,8 @@ class SeriesInput:
     """Dates in any order; of several observations of one date the first clear one is used."""
     bands: Mapping[str, Sequence[float | None]]
     """Reflectance by band name, one value per date; None is missing."""
+    lonlat: tuple[float, float] | None = None
+    """Longitude and latitude in degrees; None if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)

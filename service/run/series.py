@@ -40,6 +40,7 @@ from service.run.backtest import (
     sample_of,
 )
 from service.run.executors import Timing, check, unless_cancelled
+from service.run.extent import kilometres_away, outside_training
 from service.run.request import SeriesInput
 from service.run.time_window import outside_time_window, partial_season, resolve_time_window
 from service.tracing import span
@@ -85,6 +86,8 @@ class _Series:
     """Reflectance (T, C), unitless, 0 to 1; NaN in all bands of a date on which one is missing."""
     history: History | None = None
     """The series up to the last date used, those before the time window included."""
+    elsewhere: bool = False
+    """Whether its place is known to be far from the model's training data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,24 +255,37 @@ def _prepare(
         raise TypeError(f"'{card.id}' does not take series")
     warned += [(series.id, w) for w in outside_time_window(card, dates, time_window)]
     warned += [(series.id, w) for w in partial_season(card, dates, time_window)]
+    away = kilometres_away(card, series.lonlat)
+    warned += [(series.id, w) for w in outside_training(card, away, "it")]
     return _Series(
         id=series.id,
         time_window=time_window,
         dates=tuple(dates[t] for t in time_window.used),
         days=np.asarray(time_window.days(dates), np.int64),
         values=values[list(time_window.used)],
-        history=_history(card, dates, values, time_window),
+        history=_history(card, dates, values, time_window, elsewhere=away is not None),
+        elsewhere=away is not None,
     )
 
 
 def _history(
-    card: ModelCard, dates: Sequence[date], values: Floats, time_window: ResolvedTimeWindow
+    card: ModelCard,
+    dates: Sequence[date],
+    values: Floats,
+    time_window: ResolvedTimeWindow,
+    *,
+    elsewhere: bool,
 ) -> History | None:
     if card.task != "forecast" or not time_window.used:
         return None
     end = time_window.used[-1] + 1
     valid = ~np.isnan(values[:end, 0])
-    return History(dates=tuple(dates[:end]), values=values[None, :end], valid=valid[None])
+    return History(
+        dates=tuple(dates[:end]),
+        values=values[None, :end],
+        valid=valid[None],
+        elsewhere=elsewhere,
+    )
 
 
 def _without_time_window(series: SeriesInput) -> _Series:
@@ -382,6 +398,7 @@ def _infer_batch(model: LoadedModel, batch: Sequence[_Series]) -> Floats:
         ~np.isnan(values[:, :, 0]),
         days.astype(np.float32),
         np.array([day.timetuple().tm_yday for day in first_days], np.float32),
+        elsewhere=np.array([one.elsewhere for one in batch]),
     )
 
 

@@ -377,7 +377,7 @@ class _Teaching:
                 "card": features.card,
                 "sensors": (),
                 "pixel_size": None,
-                "extent": (),
+                "extent": _around([one.series.lonlat for one in given]),
                 "source": f"{len(given)} series",
             },
         )
@@ -676,8 +676,21 @@ def _extent(grid: Grid, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> tuple
         return ()
     sides = (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1)
     box = grid.part(*map(int, sides)).around(_DEGREES, margin=0.0)
-    # Wider boxes are those around pixels on both sides of the antimeridian.
-    return () if box is None or box[2] - box[0] > _WIDEST else (box,)
+    return () if box is None else _narrow(box)
+
+
+def _around(places: Sequence[tuple[float, float] | None]) -> tuple[Box, ...]:
+    """A box around places in degrees; none if one of them is unknown."""
+    known = [place for place in places if place is not None]
+    if not known or len(known) < len(places):
+        return ()
+    (west, south), (east, north) = np.min(known, axis=0).tolist(), np.max(known, axis=0).tolist()
+    return _narrow((west, south, east, north))
+
+
+def _narrow(box: Box) -> tuple[Box, ...]:
+    # Wider boxes are those around places on both sides of the antimeridian.
+    return () if box[2] - box[0] > _WIDEST else (box,)
 
 
 def _thinned(

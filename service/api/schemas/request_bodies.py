@@ -326,12 +326,30 @@ class SeriesEntry(StrictModel):
     B10: _Values = None
     B11: _Values = None
     B12: _Values = None
+    lon: Annotated[
+        float | None,
+        Field(ge=-180, le=180, description="longitude in degrees, with `lat`: tells the server "
+              "whether the place is far from the model's training data"),
+    ] = None  # fmt: skip
+    lat: Annotated[float | None, Field(ge=-90, le=90, description="latitude in degrees")] = None
+
+    @property
+    def lonlat(self) -> tuple[float, float] | None:
+        """Longitude and latitude in degrees, None if they are not given."""
+        return None if self.lon is None or self.lat is None else (self.lon, self.lat)
 
     @property
     def bands(self) -> dict[str, tuple[float | None, ...]]:
         """Reflectance of the bands that the series has, by name of the band."""
         given = ((name, getattr(self, name)) for name in type(self).model_fields if name[0] == "B")
         return {name: values for name, values in given if values is not None}
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.lon is None) != (self.lat is None):
+            given, lacking = ("lon", "lat") if self.lat is None else ("lat", "lon")
+            raise ValueError(f"{given} is given without {lacking}: give both or none")
+        return self
 
     @model_validator(mode="after")
     def _one_value_per_date(self) -> Self:
@@ -361,7 +379,8 @@ class SeriesBody(StrictModel):
         return SeriesRequest(
             task=task,
             series=tuple(
-                SeriesInput(id=one.id, dates=one.dates, bands=one.bands) for one in self.series
+                SeriesInput(id=one.id, dates=one.dates, bands=one.bands, lonlat=one.lonlat)
+                for one in self.series
             ),
             model=self.model,
             start=self.start,
@@ -471,7 +490,9 @@ class HeadSeries(StrictModel):
             description=self.description,
             series=tuple(
                 LabelledSeries(
-                    series=SeriesInput(id=one.id or str(n), dates=one.dates, bands=one.bands),
+                    series=SeriesInput(
+                        id=one.id or str(n), dates=one.dates, bands=one.bands, lonlat=one.lonlat
+                    ),
                     name=str(one.name),
                     place=None if one.place is None else str(one.place),
                 )
