@@ -57,7 +57,7 @@ class Served:
 
     def leftovers(self) -> list[str]:
         """Temporary files that are left."""
-        found = set(self.scratch.rglob("*")) - self.at_start
+        found = below(self.scratch) - self.at_start
         return sorted(str(path.relative_to(self.scratch)) for path in found)
 
     def resident(self) -> int:
@@ -75,6 +75,13 @@ class Served:
     def forget_peak(self) -> None:
         """Reset the peak."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+
+def below(folder: Path) -> frozenset[Path]:
+    """All files and folders in a folder; `rglob` fails if one is removed while it looks into it."""
+    return frozenset(
+        Path(place) / name for place, names, files in os.walk(folder) for name in (*names, *files)
+    )
 
 
 def started(environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -117,7 +124,7 @@ def served(**settings: str) -> Iterator[Served]:
                 port=port,
                 scratch=scratch,
                 log=log,
-                at_start=frozenset(scratch.rglob("*")),
+                at_start=below(scratch),
                 ready_seconds=time.perf_counter() - begun,
             )
             service.get("/health/ready")
