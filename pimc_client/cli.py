@@ -818,7 +818,7 @@ def series(
         Path,
         typer.Argument(
             help="CSV with one row per observation (columns id, date, and one per band, such as "
-            "B02), or JSON with a list of series.",
+            "B02; also lon and lat, in degrees), or JSON with a list of series.",
             exists=True,
             dir_okay=False,
             show_default=False,

@@ -360,6 +360,30 @@ SERIES = {
 }  # fmt: skip
 
 
+PLACED = b"""[{"id": "a", "dates": ["2021-01-05", "2021-01-15"], "B02": [0.1, 0.2], "lon": 5,
+               "lat": 50.5}]"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"date,B02,longitude,latitude\n2021-01-05,0.1,5,50.5\n2021-01-15,0.2,5,50.5\n"),
+        ("a.csv", b"date;B02;Lat;Lon\n2021-01-05;0,1;50,5;5\n2021-01-15;0,2;50,5;5\n"),
+        ("a.json", PLACED),
+    ],
+)
+def test_series_of_a_file_may_have_a_place(pimc, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with serving(lambda _: as_json({"results": [{"id": "a"}]})) as (url, received):
+        assert pimc(url, "series", "embed", tmp_path / name)[0] == 0
+    assert json.loads(received[0].body)["series"] == [
+        {
+            "id": "a", "dates": ["2021-01-05", "2021-01-15"], "B02": [0.1, 0.2], "lon": 5.0,
+            "lat": 50.5,
+        }
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", SERIES)
 def test_series_are_read_from_a_file(pimc, tmp_path, name):
     (tmp_path / name).write_bytes(SERIES[name])
@@ -406,6 +430,8 @@ def test_a_forecast_of_series_is_written_as_a_table(pimc, tmp_path):
         (b"date,B02\n2021-01-05,much\n", "row 1, column B02: 'much' is not a finite number"),
         (b'{"a": 1}', "is JSON without series"),
         (b'[{"dates": "2021"}]', "series 1 is not"),
+        (b'[{"dates": ["2021-01-05"], "B02": [1], "lon": 5}]', "has only one of lon and lat"),
+        (b"date,B02,lon,lat\n2021-01-05,0.1,5,100\n", "100 is not from -90 to 90"),
         (b'[{"dates": ["2021-01-05"], "B02": [1, 2]}]', "series '1': 2 values of B02 but 1 dates"),
     ],
 )

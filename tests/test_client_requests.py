@@ -313,6 +313,15 @@ def test_series_are_sent_as_json(kind, method, path):
 
 
 @KINDS
+def test_a_series_may_have_a_place(kind):
+    series = Series(id="a", dates=["2021-01-05"], B02=[0.1], lon=5, lat=np.float32(50.5))
+    assert series.lonlat == (5.0, 50.5)
+    request = sent(kind, "embed_series", [series], document={"results": []})
+    (found,) = json.loads(request.content)["series"]
+    assert found == {"id": "a", "dates": ["2021-01-05"], "lon": 5.0, "lat": 50.5, "B02": [0.1]}
+
+
+@KINDS
 def test_a_series_may_have_any_bands(kind):
     series = Series(id="a", dates="2021-01-05, 2021-01-15", B05=[0.1, 0.2], B8A=[None, 0.3])
     request = sent(kind, "embed_series", [series], document={"results": []})
@@ -373,6 +382,7 @@ def test_a_missing_value_is_sent_as_null(values):
         ({"B04": ["0.1"]}, TypeError, r"series 'a': B04\[0\] is '0.1': give a number"),
         ({"B04": np.ones((1, 1))}, TypeError, r"series 'a': B04\[0\] is \[1.0\]"),
         ({}, ValueError, r"series 'a' has no band"),
+        ({"B02": [1], "lon": 5.0}, ValueError, r"series 'a': give both lon and lat"),
         (
             {"dates": [np.datetime64("NaT")], "B02": [1]},
             ValueError,

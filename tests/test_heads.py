@@ -317,12 +317,16 @@ def test_series_teach_without_a_raster(api, files, made) -> None:
             {
                 "dates": DATES,
                 "class": feature["properties"]["class"],
+                **dict(zip(("lon", "lat"), feature["geometry"]["coordinates"], strict=True)),
                 **{b: own[:, i].tolist() for i, b in enumerate(BANDS[:4])},
             }
         )
     response = api.post("/heads", json={"name": "by-series", "series": series})
     assert response.status_code == 201, response.text
     assert [w["code"] for w in response.json()["warnings"]] == ["places_unknown"]
+    places = np.array([(one["lon"], one["lat"]) for one in series])
+    box = [*places.min(axis=0), *places.max(axis=0)]
+    assert response.json()["card"]["extent"] == [pytest.approx(box)]
     same = class_map(api, files, "by-series") == class_map(api, files, "my-crops")
     assert same.mean() > 0.9
     assert api.delete("/heads/by-series").status_code == 204
