@@ -21,12 +21,12 @@ from models.registry import Registry
 from service.infer.engine import Engine
 from training.datasets import PixelSet
 from training.datasets.points import pune_2019
-from training.datasets.public import further_series, unseen_series
+from training.datasets.public import BESIDE_TRAINING, further_series, unseen_series
 
 _MOST, _OF_A_SET = 200, 40
 """Most series of a region, and of one of its sets where it has several."""
 _FAR = (0.0, -90.0)
-"""A place far from all training data, as those of the sources are."""
+"""A place far from all training data, as those of most sources are."""
 _SEASON = range(4, 10)
 _MISS = 10.0
 """Weight of the distance of a target outside the band in the interval score: 2 / (1 - 0.8)."""
@@ -56,7 +56,8 @@ def _some(pixels: PixelSet, most: int) -> Pixels:
     chosen = np.sort(np.random.default_rng(0).permutation(len(pixels.places))[:most])
     part = pixels.select(BANDS).take(chosen)
     values = np.where(part.valid[..., None], part.values, np.float32(np.nan))
-    return Pixels(dates=part.dates, values=values, lonlat=_FAR)
+    lonlat = None if pixels.region in BESIDE_TRAINING else _FAR
+    return Pixels(dates=part.dates, values=values, lonlat=lonlat)
 
 
 def _row(label: str, found: Sequence[Sequence[Scored]]) -> str:

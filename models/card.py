@@ -7,7 +7,7 @@ module does not import torch, because the service imports it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Any, Literal
@@ -272,11 +272,10 @@ class ModelCard(_Frozen):
         """`intended_use` as a member of a JSON answer; empty if the bundle does not state it."""
         return {"intended_use": self.intended_use} if self.intended_use else {}
 
-    def worst_elsewhere(self) -> str:
-        """The lowest scores among `regions` in words; empty if there are none."""
+    def lowest_scores(self) -> str:
+        """The lowest scores of `regions` in words; empty if none is known."""
         accuracy, rmse, coverage = (
-            [_value(region[score]) for region in self.regions.values() if region.get(score)]
-            for score in ("accuracy", "rmse", "coverage")
+            _values(self.regions, score) for score in ("accuracy", "rmse", "coverage")
         )
         if accuracy and self.classes:
             what = "pixels" if self.modality == "pixel" else "patches"
@@ -284,11 +283,12 @@ class ModelCard(_Frozen):
                 "where a region was left out of its training, as few as "
                 f"{100 * min(accuracy):.0f} % of the {what} were right"
             )
-        if rmse and coverage:
+        if rmse and coverage and self.quantiles:
+            level = 100 * (self.quantiles[-1] - self.quantiles[0])
             return (
                 "where a region was left out of its training, the RMSE was up to "
                 f"{max(rmse):.2f}, and as few as {100 * min(coverage):.0f} % of the values were "
-                "in the 80 % prediction interval"
+                f"in the {level:.0f} % prediction interval"
             )
         return ""
 
@@ -319,7 +319,12 @@ class ModelCard(_Frozen):
                 "'pixel_size' must be the smallest and the largest size in metres, above 0"
             )
         if not all(w <= e and -90 <= s <= n <= 90 for w, s, e, n in self.extent):
-            raise ValueError("a box of 'extent' must be west, south, east and north in degrees")
+            raise ValueError(
+                "a box of 'extent' must be west, south, east and north in degrees, in this order; "
+                "add 360 to the east of a box across the antimeridian"
+            )
+        if self.elsewhere and not (self.task == "forecast" and self.extent):
+            raise ValueError("'elsewhere' needs a forecast card with 'extent'")
         if [c.value for c in self.classes] != list(range(len(self.classes))):
             raise ValueError("the values of 'classes' must be 0, 1, 2 and so on, in this order")
         if self.variants[0].name != "float32" or self.variants[0].sha256 != self.sha256:
@@ -327,6 +332,8 @@ class ModelCard(_Frozen):
         return self
 
 
-def _value(score: Any) -> float:  # noqa: ANN401 - JSON
-    """A score, without the limits of its interval."""
-    return float(score[0] if isinstance(score, list | tuple) else score)
+def _values(regions: Mapping[str, Any], score: str) -> list[float]:
+    """A score of the regions that have it, without the limits of its interval."""
+    found = [region.get(score) for region in regions.values() if isinstance(region, Mapping)]
+    first = [v[0] if isinstance(v, list | tuple) and v else v for v in found]
+    return [float(v) for v in first if isinstance(v, int | float) and not isinstance(v, bool)]

@@ -40,7 +40,7 @@ class ForecastCalibration(nn.Module):
         damping * g * (1 - CLOSEST / r)
 
     Where the place of a pixel is known to be far from those of the training data, g is 1, and the
-    shares are those of `elsewhere` whatever its distance r: the place shows what the embedding of
+    shares are `damping_elsewhere` whatever its distance r: the place shows what the embedding of
     some regions does not.
 
     Here d is the standard deviation of the networks' medians, in half widths of the interval,
@@ -56,7 +56,7 @@ class ForecastCalibration(nn.Module):
         super().__init__()
         directions = min(DIRECTIONS, embedding)
         self.register_buffer("damping", torch.zeros(ANCHORS))
-        self.register_buffer("elsewhere", torch.zeros(ANCHORS))
+        self.register_buffer("damping_elsewhere", torch.zeros(ANCHORS))
         self.register_buffer("disagreement", torch.zeros(()))
         self.register_buffer("weight", torch.zeros(embedding))
         self.register_buffer("bias", torch.zeros(()))
@@ -68,7 +68,7 @@ class ForecastCalibration(nn.Module):
         self.register_load_state_dict_pre_hook(_not_calibrated)  # type: ignore[no-untyped-call]  # torch's own
 
     damping: Tensor
-    elsewhere: Tensor
+    damping_elsewhere: Tensor
     disagreement: Tensor
     weight: Tensor
     bias: Tensor
@@ -112,7 +112,7 @@ class ForecastCalibration(nn.Module):
         unlike = other * (1.0 - CLOSEST * torch.exp(-distance))
         shares = unlike[:, None] * self.damping  # (N, A)
         if elsewhere is not None:
-            shares = shares + elsewhere[:, None] * (self.elsewhere - shares)
+            shares = shares + elsewhere[:, None] * (self.damping_elsewhere - shares)
         towards = (shares[..., None] * anchors).sum(dim=1)[:, None, :, None]
         damped = median * (1.0 - shares.sum(dim=1))[:, None, None, None] + towards
         return torch.cat([damped + below, damped, damped + above], dim=-1)

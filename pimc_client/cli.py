@@ -700,12 +700,19 @@ def _validation_of_series(
 
 
 def _series_in(file: Path) -> list[Series]:
-    """The series of a CSV or JSON file."""
-    return [
-        Series(id=s.id, dates=s.dates, lon=lon, lat=lat, **s.bands)
-        for s in series_of_file(file)
-        for lon, lat in (s.lonlat or (None, None),)
-    ]
+    """The series of a CSV or JSON file.
+
+    Raises:
+        ValueError: the file is not of this form, or a value is not a number.
+    """
+    try:
+        return [
+            Series(id=s.id, dates=s.dates, lon=lon, lat=lat, **s.bands)
+            for s in series_of_file(file)
+            for lon, lat in (s.lonlat,)
+        ]
+    except TypeError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 @app.command()

@@ -231,8 +231,8 @@ class Series:
     Args:
         id: any name; the result repeats it.
         dates: acquisition dates (T).
-        lon: longitude in degrees. With a place, the server knows whether it is far from the model's
-            training data.
+        lon: longitude in degrees. A forecast takes into account whether the place is far from the
+            model's training data.
         lat: latitude in degrees.
         **bands: values (T) of each band that the model's card lists: reflectance, unitless, 0 to 1.
             None, NaN, a masked value and pandas' `NA` are missing observations.
@@ -263,10 +263,8 @@ class Series:
                 f"series '{id}' has no band: give the values of each band that the model needs, "
                 "such as B02=[…]"
             )
-        if (lon is None) != (lat is None):
-            raise ValueError(f"series '{id}': give both lon and lat, or none of them")
         self.id = id
-        self.lonlat = None if lon is None or lat is None else (float(lon), float(lat))
+        self.lonlat = _place(lon, lat, f"series '{id}'")
         self.dates = tuple(_dates(dates, f"series '{id}': dates"))
         self.bands: Mapping[str, tuple[float | None, ...]] = {
             name: _reflectance(values, f"series '{id}': {name}") for name, values in bands.items()
@@ -288,6 +286,18 @@ class Series:
         return f"<Series {self.id}: {len(self.dates)} dates of {', '.join(self.bands)}>"
 
 
+def _place(lon: object, lat: object, label: str) -> tuple[float, float] | None:
+    """Longitude and latitude in degrees; None if both are missing."""
+    x, y = _number(lon, f"{label}: lon"), _number(lat, f"{label}: lat")
+    if x is None or y is None:
+        if x is None and y is None:
+            return None
+        raise ValueError(f"{label}: give both lon and lat, or none of them")
+    if abs(x) > 180 or abs(y) > 90:
+        raise ValueError(f"{label}: lon {x:g} and lat {y:g} are not degrees (EPSG:4326)")
+    return x, y
+
+
 def _reflectance(values: Any, label: str) -> tuple[float | None, ...]:  # noqa: ANN401 (`Values`, of any library)
     if hasattr(values, "filled"):  # a masked array of numpy
         values = values.astype(float).filled(math.nan)
@@ -307,9 +317,7 @@ def _number(value: object, label: str) -> float | None:
     if number is None:
         raise TypeError(f"{label} is {value!r}: give a number, or None for a missing value")
     if math.isinf(number):
-        raise ValueError(
-            f"{label} is {number}: give a finite reflectance, or None for a missing value"
-        )
+        raise ValueError(f"{label} is {number}: give a finite number, or None for a missing value")
     return None if math.isnan(number) else number
 
 

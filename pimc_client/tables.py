@@ -35,8 +35,8 @@ class SeriesRows:
     dates: list[str]
     bands: dict[str, list[float | None]]
     """Band name to values; None for an empty cell."""
-    lonlat: tuple[float, float] | None = None
-    """Longitude and latitude in degrees; None if the file has none."""
+    lonlat: tuple[float | None, float | None] = (None, None)
+    """Longitude and latitude in degrees, of JSON as they are; None if the file has none."""
 
 
 def points_of_file(path: Path) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def series_of_file(path: Path) -> list[SeriesRows]:
 
     A CSV has one row per observation: a column `date`, one column per band (`B02`), and a column
     `id` if it holds more than one series. An empty cell is a missing observation. Columns of a
-    longitude and a latitude are the place of the series, by its first row. A JSON file holds a list
-    of series, or the body of a series request: `{"series": [{"id", "dates", "B02", …}]}`.
+    longitude and a latitude are the place of the series, empty for one without. A JSON file holds a
+    list of series, or the body of a series request: `{"series": [{"id", "dates", "B02", …}]}`.
 
     Raises:
         ValueError: the file is not of this form; the message names the row or what is missing.
@@ -154,6 +154,9 @@ def _series_of_csv(path: Path, text: str) -> list[SeriesRows]:
     table = _Table.of(path, text)
     date, name = table.column(DATE, "dates"), table.find(ID)
     lon, lat = table.find(LONGITUDE), table.find(LATITUDE)
+    if (lon is None) != (lat is None):
+        given, lacking = (lon, "latitudes") if lat is None else (lat, "longitudes")
+        raise ValueError(f"{path} has a column {given}, but none of {lacking}: give both or none")
     placed = lon is not None and lat is not None
     bands = [c for c in table.header if c not in {date, name, *((lon, lat) if placed else ())}]
     if not bands:
@@ -162,10 +165,17 @@ def _series_of_csv(path: Path, text: str) -> list[SeriesRows]:
     for label, row in table.rows():
         key = path.stem if name is None else row[name]
         series = found.get(key)
+        lonlat: tuple[float | None, float | None] = (None, None)
+        if lon and lat and (row[lon].strip() or row[lat].strip()):
+            lonlat = _place(table, row, label, lon, lat)
         if series is None:
-            lonlat = _place(table, row, label, lon, lat) if lon and lat else None
             series = SeriesRows(id=key, dates=[], bands={b: [] for b in bands}, lonlat=lonlat)
             found[key] = series
+        elif series.lonlat != lonlat:
+            raise ValueError(
+                f"{path}: {label}: series '{key}' has another place than in its first row; give "
+                "one place for a series"
+            )
         series.dates.append(row[date])
         for band in bands:
             cell = row[band].strip()
@@ -195,10 +205,7 @@ def _series_of_json(path: Path, one: object, number: int) -> SeriesRows:
         )
     others = {"id", "dates", "lon", "lat"}
     bands = {name: value for name, value in one.items() if name not in others}
-    lon, lat = one.get("lon"), one.get("lat")
-    if (lon is None) != (lat is None):
-        raise ValueError(f"{path}: series {number} has only one of lon and lat: give both or none")
-    lonlat = None if lon is None or lat is None else (lon, lat)
+    lonlat = one.get("lon"), one.get("lat")
     return SeriesRows(id=str(one.get("id", number)), dates=one["dates"], bands=bands, lonlat=lonlat)
 
 

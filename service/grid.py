@@ -159,6 +159,24 @@ class Grid:
         """
         return self.pixels_at(*transformed(_DEGREES, self.crs, *np.reshape(lonlat, (-1, 2)).T))
 
+    def lonlat(
+        self, rows: NDArray[np.intp], columns: NDArray[np.intp]
+    ) -> list[tuple[float, float]]:
+        """Longitude and latitude of the middles of pixels (N), degrees; NaN where unknown.
+
+        Args:
+            rows: row of each pixel (N).
+            columns: column of each pixel (N).
+        """
+        place = self.transform
+        right, down = columns + 0.5, rows + 0.5
+        xs, ys = (
+            place.a * right + place.b * down + place.c,
+            place.d * right + place.e * down + place.f,
+        )
+        lon, lat = transformed(self.crs, _DEGREES, xs, ys)
+        return list(zip(lon.tolist(), lat.tolist(), strict=True))
+
     def pixels_at(
         self, xs: NDArray[np.float64], ys: NDArray[np.float64]
     ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:
@@ -329,17 +347,27 @@ class Grid:
         return transformed(self.crs, crs, xs, place.d * columns + place.e * rows + place.f)
 
     def kilometres_from(self, boxes: Sequence[Box]) -> float | None:
-        """Distance from the nearest of some boxes, km: that of a lattice of points on the grid.
+        """Distance from the nearest of some boxes, km; 0 if the grid and a box overlap.
+
+        The distance of a lattice of points on the grid. They overlap if such a point is in a box,
+        or the middle or a corner of a box is on the grid.
 
         Args:
             boxes: at least one.
 
         Returns:
-            0 if a point of the grid is in a box; None if the CRS is not one of the Earth.
+            The distance; None if the CRS is not one of the Earth.
         """
         lon, lat = self._lattice(_DEGREES)
         known = np.isfinite(lon) & np.isfinite(lat)
-        return kilometres(lon[known], lat[known], boxes) if known.any() else None
+        if not known.any():
+            return None
+        west, south, east, north = np.array(boxes).T
+        middle = (west + east) / 2, (south + north) / 2
+        corners = [(x, y) for x in (west, east) for y in (south, north)]
+        if self.locate(np.concatenate([middle, *corners], axis=1).T.tolist())[2].any():
+            return 0.0
+        return kilometres(lon[known], lat[known], boxes)
 
     def away(self, lonlat: Sequence[tuple[float, float]] = ()) -> str:
         """Where the grid is, for a message about places that are all outside it.
@@ -394,24 +422,39 @@ class Grid:
 def kilometres(lon: ArrayLike, lat: ArrayLike, boxes: Sequence[Box]) -> float:
     """Least distance of some points from some boxes, km; 0 if a point is in a box.
 
-    The great-circle distance from points along the edges of the boxes, by the haversine formula; a
-    sphere is up to 0.5 % off.
+    The great-circle distance, by the haversine formula, from the nearest place of each box in
+    degrees and from points along its edges, which are nearer where the box is far away. A sphere is
+    up to 0.5 % off.
 
     Args:
         lon: longitude of each point (N), degrees.
         lat: latitude of each point (N).
         boxes: at least one.
     """
-    x, y = np.atleast_1d(lon), np.atleast_1d(lat)
-    west, south, east, north = np.array(boxes).T[..., None]
-    if ((y >= south) & (y <= north) & ((x - west) % _TURN <= east - west)).any():
-        return 0.0
+    x, y = np.atleast_1d(lon)[:, None], np.atleast_1d(lat)[:, None]
+    west, south, east, north = np.array(boxes, np.float64).T[..., None]
     along, up = np.array([(t, s) for t in _EDGE for s in _EDGE if {t, s} & {0.0, 1.0}]).T
-    edge_x = np.radians(west + along * (east - west)).ravel()
-    edge_y = np.radians(south + up * (north - south)).ravel()
-    x, y = np.radians(x)[:, None], np.radians(y)[:, None]
-    chord = np.sin((edge_y - y) / 2) ** 2
-    chord += np.cos(edge_y) * np.cos(y) * np.sin((edge_x - x) / 2) ** 2
+    edges = west + along * (east - west), south + up * (north - south)
+    # Degrees east of the west side; beyond the box the nearer side counts.
+    west, south, east, north = west.T, south.T, east.T, north.T
+    beyond, width = (x - west) % _TURN, east - west
+    nearest = np.where(beyond <= width, x, np.where(beyond - width < _TURN - beyond, east, west))
+    return min(
+        _haversine(x, y, nearest, np.clip(y, south, north)),
+        _haversine(x, y, *(side.ravel() for side in edges)),
+    )
+
+
+def _haversine(
+    lon: NDArray[np.float64],
+    lat: NDArray[np.float64],
+    to_lon: NDArray[np.float64],
+    to_lat: NDArray[np.float64],
+) -> float:
+    """The least great-circle distance, km, of points in degrees whose shapes are broadcast."""
+    x, y, to_x, to_y = (np.radians(degrees) for degrees in (lon, lat, to_lon, to_lat))
+    chord = np.sin((to_y - y) / 2) ** 2
+    chord = chord + np.cos(to_y) * np.cos(y) * np.sin((to_x - x) / 2) ** 2
     return float(2 * _RADIUS_KM * np.arcsin(np.sqrt(np.clip(chord.min(), 0.0, 1.0))))
 
 

@@ -430,7 +430,20 @@ def test_a_forecast_of_series_is_written_as_a_table(pimc, tmp_path):
         (b"date,B02\n2021-01-05,much\n", "row 1, column B02: 'much' is not a finite number"),
         (b'{"a": 1}', "is JSON without series"),
         (b'[{"dates": "2021"}]', "series 1 is not"),
-        (b'[{"dates": ["2021-01-05"], "B02": [1], "lon": 5}]', "has only one of lon and lat"),
+        (
+            b'[{"dates": ["2021-01-05"], "B02": [1], "lon": 5}]',
+            "series '1': give both lon and lat, or none",
+        ),
+        (
+            b'[{"dates": ["2021-01-05"], "B02": [1], "lon": 5, "lat": [1]}]',
+            "series '1': lat is [1]",
+        ),
+        (b'[{"dates": ["2021-01-05"], "B02": ["a"]}]', "B02[0] is 'a': give a number"),
+        (b"date,B02,lon\n2021-01-05,0.1,5\n", "a column lon, but none of latitudes: give both"),
+        (
+            b"date,B02,lon,lat\n2021-01-05,0.1,5,50\n2021-01-15,0.1,6,50\n",
+            "row 2: series 'series' has another place than in its first row",
+        ),
         (b"date,B02,lon,lat\n2021-01-05,0.1,5,100\n", "100 is not from -90 to 90"),
         (b'[{"dates": ["2021-01-05"], "B02": [1, 2]}]', "series '1': 2 values of B02 but 1 dates"),
     ],

@@ -316,6 +316,7 @@ def test_series_are_sent_as_json(kind, method, path):
 def test_a_series_may_have_a_place(kind):
     series = Series(id="a", dates=["2021-01-05"], B02=[0.1], lon=5, lat=np.float32(50.5))
     assert series.lonlat == (5.0, 50.5)
+    assert Series(id="a", dates=["2021-01-05"], B02=[0.1], lon=np.nan, lat=pd.NA).lonlat is None
     request = sent(kind, "embed_series", [series], document={"results": []})
     (found,) = json.loads(request.content)["series"]
     assert found == {"id": "a", "dates": ["2021-01-05"], "lon": 5.0, "lat": 50.5, "B02": [0.1]}
@@ -383,6 +384,8 @@ def test_a_missing_value_is_sent_as_null(values):
         ({"B04": np.ones((1, 1))}, TypeError, r"series 'a': B04\[0\] is \[1.0\]"),
         ({}, ValueError, r"series 'a' has no band"),
         ({"B02": [1], "lon": 5.0}, ValueError, r"series 'a': give both lon and lat"),
+        ({"B02": [1], "lon": 5e5, "lat": 50}, ValueError, r"series 'a': lon 500000 and lat 50 are"),
+        ({"B02": [1], "lon": "5", "lat": 50}, TypeError, r"series 'a': lon is '5': give a number"),
         (
             {"dates": [np.datetime64("NaT")], "B02": [1]},
             ValueError,

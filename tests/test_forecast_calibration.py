@@ -84,7 +84,7 @@ class TestCalibration:
             near=0.9,
             far=1.4,
             damping=np.array([0.3, 0.1]),
-            elsewhere=np.array([0.25, 0.2]),
+            damping_elsewhere=np.array([0.25, 0.2]),
         )
         calibration = ForecastCalibration(D)
         write_calibration(calibration, fitted.document(), nearness)
@@ -111,14 +111,14 @@ class TestCalibration:
     def test_a_stored_calibration_without_damping_damps_nothing(self) -> None:
         rng = np.random.default_rng(3)
         fitted = fit_calibration([forecasts(rng, -1.5, 0.1)], [forecasts(rng, 1.5, 0.2)])
-        later = {"damping", "elsewhere"}
+        later = {"damping", "damping_elsewhere"}
         earlier = {name: v for name, v in fitted.document().items() if name not in later}
         calibration = ForecastCalibration(D)
         calibration.damping.fill_(1.0)
-        calibration.elsewhere.fill_(1.0)
+        calibration.damping_elsewhere.fill_(1.0)
         write_calibration(calibration, earlier, fit_nearness([rng.normal(size=(50, D))], unit=1.0))
         assert (calibration.damping == 0).all()
-        assert (calibration.elsewhere == 0).all()
+        assert (calibration.damping_elsewhere == 0).all()
         assert calibration.far == pytest.approx(fitted.far, abs=1e-4)
 
     def test_the_anchors_are_the_last_value_and_the_mean_of_what_was_observed(self) -> None:
@@ -239,12 +239,12 @@ class TestFit:
 
         near, far = [region(0.0, 0.0, 1500)], [region(0.2, 0.1, 400), region(0.4, 0.1, 4000)]
         fitted = fit_calibration(near, far)
-        np.testing.assert_allclose(fitted.elsewhere, [0.3, 0.1], atol=0.02)
+        np.testing.assert_allclose(fitted.damping_elsewhere, [0.3, 0.1], atol=0.02)
         # At this distance a pixel whose place is unknown takes half of its shares.
         np.testing.assert_allclose(fitted.damping, [0.6, 0.2], atol=0.04)
         away = fit_calibration(near, [region(-0.05, 0.3, 400)])
-        assert away.elsewhere[0] == 0.0
-        assert 0.2 < away.elsewhere[1] < 0.3
+        assert away.damping_elsewhere[0] == 0.0
+        assert 0.2 < away.damping_elsewhere[1] < 0.3
         for part in far:
             plain_error, error = (
                 np.abs(quantiles[..., 1] - part.target).mean()
@@ -372,7 +372,9 @@ class TestRuns:
         found = Forecasts(**{name: made[name] for name in names}, distance=distance)
         stored = dict(report.calibration["band"])
         assert (stored.pop("disagreement"), stored.pop("power")) == (6.0, 0.5)
-        arrays = {name: np.asarray(stored[name]) for name in ("weight", "damping", "elsewhere")}
+        arrays = {
+            name: np.asarray(stored[name]) for name in ("weight", "damping", "damping_elsewhere")
+        }
         fitted = Calibration(**{**stored, **arrays})
         scores = report.regions["pune"]
         known = coverage(fitted, found, elsewhere=True)

@@ -11,7 +11,7 @@ from rasterio.warp import transform as warp
 from rasterio.windows import Window
 
 from service.errors import GridMismatch
-from service.grid import Grid
+from service.grid import Grid, kilometres
 
 
 def grid(crs: str, transform: Affine, width: int = 40, height: int = 30) -> Grid:
@@ -273,11 +273,36 @@ def test_a_grid_in_or_around_a_box_is_no_distance_away() -> None:
     assert boxed(3.02, 50.82, 3.08, 50.88).kilometres_from([box]) == 0
     assert boxed(3.05, 50.85, 3.3, 51.0).kilometres_from([box]) == 0
     assert grid("EPSG:32631", Affine(10, 0, 5e5, 0, -10, 5.635e6)).kilometres_from([box]) == 0
-    # No point of the lattice lies in the box, but some are near.
-    assert boxed(0, 48, 6, 54).kilometres_from([box]) < 60
+    # No point of the lattice lies in these boxes, but they lie on the grid.
+    assert boxed(0, 48, 6, 54).kilometres_from([box]) == 0
+    assert boxed(-10, 36, 30, 60).kilometres_from([box]) == 0
+    assert grid("EPSG:3857", Affine(1e6, 0, -2e7, 0, -1e6, 2e7)).kilometres_from([box]) == 0
     assert boxed(179, -1, 181, 1).kilometres_from([(-179.5, -1, -179, 1)]) == 0
 
 
 def test_a_grid_that_is_nowhere_on_earth_has_no_distance() -> None:
     local = 'LOCAL_CS["site",UNIT["metre",1],AXIS["x",EAST],AXIS["y",NORTH]]'
     assert grid(local, Affine(10, 0, 0, 0, -10, 0)).kilometres_from([(0, 0, 1, 1)]) is None
+
+
+@pytest.mark.parametrize("side", range(4))
+def test_the_distance_from_a_wide_box_is_that_of_its_side(side: int) -> None:
+    """Between the points along the sides, too."""
+    west, south, east, north = box = (-25.0, 34.0, 41.0, 71.0)
+    rng = np.random.default_rng(side)
+    for off in rng.uniform(0.2, 1.5, 20):
+        lon, lat = rng.uniform(west, east), rng.uniform(south, north)
+        lon, lat = [(lon, south - off), (lon, north + off), (west - off, lat), (east + off, lat)][
+            side
+        ]
+        nearest = min(max(lon, west), east), min(max(lat, south), north)
+        away = Geod(ellps="WGS84").inv(lon, lat, *nearest)[2] / 1000
+        assert kilometres(lon, lat, [box]) == pytest.approx(away, rel=0.02)
+
+
+def test_the_middles_of_pixels_are_their_places() -> None:
+    one = grid("EPSG:32631", NORTH_UP)
+    rows, columns = np.array([0, 7, 29]), np.array([0, 11, 39])
+    found = one.locate(one.lonlat(rows, columns))
+    np.testing.assert_array_equal(found[0], rows)
+    np.testing.assert_array_equal(found[1], columns)

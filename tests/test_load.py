@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -142,3 +144,17 @@ def test_strangers_take_neither_memory_nor_connections_from_the_others(tmp_path:
     assert seen["leaving"]["left"] > 0
     assert seen["blocks"]
     assert set(seen["blocks"]) <= {"200", "413", "429", "503"}
+
+
+def test_leftovers_are_found_while_folders_are_removed(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"request-{number}").mkdir()
+        (tmp_path / f"request-{number}" / "a.tif").touch()
+    (tmp_path / "kept").mkdir()
+    removed = threading.Thread(
+        target=lambda: [shutil.rmtree(folder) for folder in tmp_path.glob("request-*")]
+    )
+    removed.start()
+    while removed.is_alive():
+        assert tmp_path / "kept" in process.below(tmp_path)
+    assert process.below(tmp_path) == {tmp_path / "kept"}

@@ -186,6 +186,8 @@ class TestCard:
             ({"pixel_size": [0, 10]}, "smallest and the largest"),
             ({"extent": [[5, 50, 4, 51]]}, "west, south, east and north"),
             ({"extent": [[50, 4, 51, 95]]}, "west, south, east and north"),
+            ({"extent": [[170, -20, -170, -10]]}, "add 360 to the east"),
+            ({"elsewhere": True, "extent": [[4, 50, 5, 51]]}, "needs a forecast card"),
         ],
     )
     def test_a_card_that_contradicts_itself_is_rejected(
@@ -334,6 +336,23 @@ class TestRegistry:
         assert "'bad': card.json cannot be read" in registry.refused["bad"]
 
 
+class TestLowestScores:
+    @pytest.mark.parametrize(
+        ("regions", "shown"),
+        [
+            ({}, ""),
+            ({"a": {"accuracy": 0.0}, "b": {"accuracy": [0.7, 0.6, 0.8]}}, "as few as 0 %"),
+            ({"a": {"accuracy": None}, "b": {"accuracy": 0.456}}, "as few as 46 % of the pixels"),
+            ({"a": 0.5, "b": {"accuracy": "high"}, "c": {"accuracy": [None]}}, ""),
+            ({"a": {"rmse": 0.2, "coverage": 0.7}}, ""),  # not of a classification
+        ],
+    )
+    def test_of_regions_that_have_them(self, regions: dict[str, Any], shown: str) -> None:
+        found = ModelCard.model_validate(card(regions=regions)).lowest_scores()
+        assert shown in found
+        assert bool(found) is bool(shown)
+
+
 class TestZoo:
     def test_its_list_of_checksums_is_current(self) -> None:
         """`make checksums` writes it."""
@@ -372,7 +391,7 @@ class TestZoo:
             assert card.description == DESCRIPTIONS[card.name].text
             assert card.extent == sensed(card.training_data)["extent"]
             assert bool(card.extent) is (card.task != "embed")
-            assert bool(card.worst_elsewhere()) is (card.task != "embed")
+            assert bool(card.lowest_scores()) is (card.task != "embed")
 
     def test_a_patch_costs_at_most_half_a_gigaflop(self) -> None:
         card = Registry.load(ZOO).bundles["landcover-eurosat"].card

@@ -106,8 +106,8 @@ DESCRIPTIONS: Mapping[str, Description] = {
         default=True,
         text=(
             "NDVI, EVI and SAVI of the next ten ten-day steps with the 10 % and 90 % quantiles, "
-            "from up to 320 days of B02, B04 and B08. It uses the day of the year, but neither "
-            "the weather nor the place."
+            "from up to 320 days of B02, B04 and B08. It uses the day of the year and whether the "
+            "place is far from the training data, but neither the weather nor the place itself."
         ),
         use=(
             "A first look at the next hundred days. Before you rely on it, compare it with the "

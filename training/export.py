@@ -224,6 +224,7 @@ def describe(folder: Path, *, version: str) -> Path:
         version: version of the new bundle.
 
     Raises:
+        UnknownData: the card names a data set that `training.licences` lacks.
         VersionNotRaised: the bundle already has this version.
     """
     card = load_bundle(folder).card

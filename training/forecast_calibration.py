@@ -159,7 +159,7 @@ class Calibration:
     """Factor on others."""
     damping: Floats
     """Share of each anchor in the median of a pixel wholly unlike the training series (A)."""
-    elsewhere: Floats
+    damping_elsewhere: Floats
     """The same of a pixel whose place is known to be far from the training data (A)."""
 
     def calibrated(self, found: Forecasts, *, elsewhere: bool = False) -> Floats:
@@ -173,7 +173,7 @@ class Calibration:
         other = np.ones(len(odds)) if elsewhere else 1.0 / (1.0 + np.exp(-odds))
         factor = self.near ** (1.0 - other) * self.far**other * found.widening()
         shares = (other * found.unlike())[:, None] * self.damping
-        quantiles = found.damped(self.elsewhere if elsewhere else shares).quantiles
+        quantiles = found.damped(self.damping_elsewhere if elsewhere else shares).quantiles
         median = quantiles[..., 1:2]
         return np.asarray(median + (quantiles - median) * factor[:, None, None, None])
 
@@ -181,7 +181,7 @@ class Calibration:
         """The calibration as JSON values."""
         return {
             "damping": self.damping.round(4).tolist(),
-            "elsewhere": self.elsewhere.round(4).tolist(),
+            "damping_elsewhere": self.damping_elsewhere.round(4).tolist(),
             "disagreement": _DISAGREEMENT,
             "power": _POWER,
             "near": round(self.near, 4),
@@ -229,7 +229,7 @@ def fit_calibration(
         near=_factor(near),
         far=_factor([part.damped(elsewhere) for part in far]) * narrower,
         damping=_shares(far, [part.unlike() for part in far]),
-        elsewhere=elsewhere,
+        damping_elsewhere=elsewhere,
     )
 
 
@@ -265,11 +265,11 @@ def write_calibration(
 ) -> None:
     """Write a calibration into that of a graph, in place.
 
-    Those of earlier versions have no damping, or none for known places.
+    Those of earlier versions have no damping, or none for places far from the training data.
     """
     values = {
         "damping": [0.0] * ANCHORS,
-        "elsewhere": [0.0] * ANCHORS,
+        "damping_elsewhere": [0.0] * ANCHORS,
         **document,
         "projection": nearness.projection,
         "references": nearness.references,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.card import Box, TrainingData
+from training.errors import TrainingError
 
 PRETRAINING = "pretraining without labels, training places alone"
 """`TrainingData.use` of a pretraining's data."""
@@ -187,13 +188,25 @@ TERMS = {
 }
 
 
+class UnknownData(TrainingError):
+    """A data set whose source and licence are not stated here."""
+
+
 def sensed(data: Sequence[TrainingData]) -> dict[str, Any]:
     """The card's `sensors`, `pixel_size` and `extent`, from the data that a model was trained on.
 
     Validation data are left out, because a model is not trained on them, and of the extent those of
     a pretraining, because they have no labels.
+
+    Raises:
+        UnknownData: `TERMS` lacks a data set.
     """
     trained = [part for part in data if part.use != VALIDATION]
+    if unknown := sorted({part.name for part in trained} - TERMS.keys()):
+        raise UnknownData(
+            f"{', '.join(unknown)}: data sets without source and licence in training/licences.py; "
+            "add them there"
+        )
     real = [terms for part in trained if (terms := TERMS[part.name]).sensor is not None]
     sizes = [terms.pixel_size for terms in real]
     labelled = [TERMS[part.name].extent for part in trained if part.use != PRETRAINING]

@@ -42,7 +42,7 @@ from training.config import Run
 from training.datasets import PixelSet
 from training.datasets.level2a import SEASONS, LabelledArea
 from training.datasets.points import bavaria_2018, pune_2019
-from training.datasets.public import covered_fields, unseen_series
+from training.datasets.public import BESIDE_TRAINING, covered_fields, unseen_series
 from training.errors import TrainingError
 from training.evaluate import regular_series
 from training.finetune import WEIGHTS, finetune, is_finished, load_finished, task_of
@@ -208,7 +208,7 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
     far = {name: _uncalibrated(networks.monthly(name), nearness) for name in new}
     outputs = {**{n: networks.monthly(n) for n in new}, **networks.never_trained_on(plan.run)}
     others = [networks.monthly(name)["embedding"] for name in networks.others(new)]
-    report = _calibrated_report(outputs, far, networks.near(), others, nearness)
+    report = _calibrated_report(outputs, far, networks.near(), others, nearness, networks.task)
     write_report(plan, plan.run.config.name, report, _forecast_lines(report))
     return report
 
@@ -259,7 +259,8 @@ def evaluate_runs(trained: Path, without: Sequence[Path], plan: Plan) -> Report:
             [far[n] for n in others],
             embeddings=networks.embeddings([*others, *networks.others(names)]),
         )
-        regions[name] = _elsewhere(networks.monthly(name), far[name], fitted)
+        own = networks.monthly(name)
+        regions[name] = _elsewhere(name, own, far[name], fitted, networks.task)
     # Networks that were trained on the validation places cannot state how far such places lie.
     nearness = before.distance
     if ours is not before:
@@ -271,14 +272,15 @@ def evaluate_runs(trained: Path, without: Sequence[Path], plan: Plan) -> Report:
         narrower=_narrower(away, before),
     )
     for name, own in ours.never_trained_on(plan.run).items():
-        regions[name] = _elsewhere(own, _uncalibrated(own, nearness), fitted)
+        found = _uncalibrated(own, nearness)
+        regions[name] = _elsewhere(name, own, found, fitted, ours.task)
     for name in names:
         # Places that these networks did not see, in regions that they did; most have none.
         held_out = before.held_out(name)
         if held_out is None:
             continue
-        found = fitted.calibrated(_uncalibrated(held_out, before.distance))
-        beside = forecast_region(held_out, found)
+        quantiles = fitted.calibrated(_uncalibrated(held_out, before.distance))
+        beside = forecast_region(held_out, quantiles)
         regions[name] |= {"beside_training_places": {key: beside[key] for key in _BESIDE}}
     calibration = {
         **_calibration(fitted, before.near(), before.distance),
@@ -405,6 +407,7 @@ def _calibrated_report(
     near: Sequence[Outputs],
     others: Sequence[Floats],
     nearness: Nearness,
+    task: PixelForecast,
 ) -> Report:
     """Scores of each region under the calibration by the other ones, and the calibration by all.
 
@@ -414,6 +417,7 @@ def _calibrated_report(
         near: forecasts on the validation places.
         others: embeddings of further series.
         nearness: of the networks.
+        task: of the networks.
     """
     places = [_uncalibrated(o, nearness) for o in near]
 
@@ -423,17 +427,25 @@ def _calibrated_report(
     regions = {}
     for name, own in outputs.items():
         fitted = fit([n for n in far if n != name])
-        regions[name] = _elsewhere(own, _uncalibrated(own, nearness), fitted)
+        found = _uncalibrated(own, nearness)
+        regions[name] = _elsewhere(name, own, found, fitted, task)
     calibration = _calibration(fit(list(far)), near, nearness)
     return Report(calibration=calibration, regions=regions, nearness=nearness)
 
 
-def _elsewhere(own: Outputs, found: Forecasts, fitted: Calibration) -> dict[str, Any]:
-    """Scores of a region that is not trained on, and those where its place is unknown."""
+def _elsewhere(
+    name: str, own: Outputs, found: Forecasts, fitted: Calibration, task: PixelForecast
+) -> dict[str, Any]:
+    """Scores of a region that is not trained on, and those where its place is unknown.
+
+    The place is known, and far from the training data, where the bundle takes `elsewhere`.
+    """
     unknown = forecast_region(own, fitted.calibrated(found))
-    return forecast_region(own, fitted.calibrated(found, elsewhere=True)) | {
-        "place_unknown": {key: unknown[key] for key in ("rmse", "coverage")}
-    }
+    if name in BESIDE_TRAINING or not task.card_shape()["elsewhere"]:
+        scores = unknown
+    else:
+        scores = forecast_region(own, fitted.calibrated(found, elsewhere=True))
+    return scores | {"place_unknown": {key: unknown[key] for key in ("rmse", "coverage")}}
 
 
 def _narrower(away: Mapping[str, _Forecaster], narrow: _Forecaster) -> float:
@@ -1053,9 +1065,9 @@ def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) 
     yield (
         f"{', '.join(names)}: each scored by a run of the same configuration that left it out of "
         "training, under the calibration fitted on the other ones. The other rows are of "
-        f"the bundle's networks and its calibration. {_HOW_SCORED} The calibration knows that the "
-        "place is not one of training, as the service does of a raster (`elsewhere`); "
-        "`place unknown` is of series without a place. One seed."
+        f"the bundle's networks and its calibration. {_HOW_SCORED} The graph is given that "
+        "the place is far from the training data (`elsewhere`), as in a request with a raster; "
+        "`place unknown` has the scores without it. One seed."
     )
     yield ""
     yield from _forecast_table(regions)

@@ -347,7 +347,7 @@ def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
         *outside_time_window(card, dates, run.time_window),
         *partial_season(card, dates, run.time_window),
         *_resolution(run),
-        *outside_training(card, run.kilometres_away, "the raster"),
+        *outside_training(card, run.kilometres_away, "the raster is"),
         *_coverage(run),
         *(run.backtested.warnings if run.backtested else ()),
     )

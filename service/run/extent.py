@@ -36,13 +36,13 @@ def outside_training(card: ModelCard, away: float | None, what: str) -> tuple[St
     Args:
         card: the model's card.
         away: the distance, as `kilometres_away` returns it.
-        what: the place, for the message.
+        what: the place with its verb, for the message, such as `the raster is`.
     """
     if away is None:
         return ()
-    scores = card.worst_elsewhere()
+    scores = card.lowest_scores()
     detail = (
-        f"{what} is about {away:,.0f} km from the nearest place that '{card.id}' was trained on"
+        f"{what} about {away:,.0f} km from the nearest place that '{card.id}' was trained on"
         + (f"; {scores}" if scores else "")
         + f". {card.intended_use}"
     )

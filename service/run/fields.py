@@ -375,7 +375,7 @@ class _Series(_Sums):
                 dates=tuple(run.stack.dates[t] for t in run.read),
                 values=values,
                 valid=valid,
-                elsewhere=run.kilometres_away is not None,
+                elsewhere=run.elsewhere,
             ),
             used=len(run.used),
             days=days,

@@ -163,7 +163,7 @@ class PixelStages:
         self._dates = [run.stack.dates[t] for t in run.read]
         self._used = len(run.used)
         self._days, self._day_of_year = model_time(run)
-        self._elsewhere = run.kilometres_away is not None
+        self._elsewhere = run.elsewhere
         self._attributed = run.attribution
         self._cancelled = cancelled
         self._reader = reader

@@ -107,6 +107,11 @@ class RasterRun:
         return kilometres_away(self.model.card, self.stack.grid)
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether the raster is known to be far from the model's training data."""
+        return self.kilometres_away is not None
+
+    @property
     def operation(self) -> Runnable:
         """The task of the run, or `similar`."""
         return self.model.card.task if self.similar_to is None else "similar"

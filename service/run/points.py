@@ -132,7 +132,7 @@ def predict_pixels(
                 dates=tuple(run.stack.dates[t] for t in run.read) if run.stack.dates else (),
                 values=values,
                 valid=valid,
-                elsewhere=run.kilometres_away is not None,
+                elsewhere=run.elsewhere,
             ),
             used=len(run.used),
             days=days,

@@ -86,8 +86,8 @@ class _Series:
     """Reflectance (T, C), unitless, 0 to 1; NaN in all bands of a date on which one is missing."""
     history: History | None = None
     """The series up to the last date used, those before the time window included."""
-    elsewhere: bool = False
-    """Whether its place is known to be far from the model's training data."""
+    away: float | None = None
+    """Distance of its place from the model's training data, km; None if it is small or unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +166,7 @@ def plan_series(
         ),
         warnings=(
             *_gathered(warned),
+            *_outside_training(model.card, prepared),
             *((no_backtest(model.card),) if backtest and not possible else ()),
         ),
         backtest=possible,
@@ -256,7 +257,6 @@ def _prepare(
     warned += [(series.id, w) for w in outside_time_window(card, dates, time_window)]
     warned += [(series.id, w) for w in partial_season(card, dates, time_window)]
     away = kilometres_away(card, series.lonlat)
-    warned += [(series.id, w) for w in outside_training(card, away, "it")]
     return _Series(
         id=series.id,
         time_window=time_window,
@@ -264,7 +264,7 @@ def _prepare(
         days=np.asarray(time_window.days(dates), np.int64),
         values=values[list(time_window.used)],
         history=_history(card, dates, values, time_window, elsewhere=away is not None),
-        elsewhere=away is not None,
+        away=away,
     )
 
 
@@ -398,7 +398,7 @@ def _infer_batch(model: LoadedModel, batch: Sequence[_Series]) -> Floats:
         ~np.isnan(values[:, :, 0]),
         days.astype(np.float32),
         np.array([day.timetuple().tm_yday for day in first_days], np.float32),
-        elsewhere=np.array([one.elsewhere for one in batch]),
+        elsewhere=np.array([one.away is not None for one in batch]),
     )
 
 
@@ -439,6 +439,16 @@ def _result(
     if interpretation is None or prediction is None:
         return head
     return {**head, "status": "ok", **interpretation.record(prediction)}
+
+
+def _outside_training(card: ModelCard, series: Sequence[_Series]) -> tuple[StackWarning, ...]:
+    """One warning for all series that are far from the training data; empty if none is."""
+    far = [(one.away, one.id) for one in series if one.away is not None]
+    if not far:
+        return ()
+    away, name = max(far)
+    more = f", the farthest of {len(far)}, is" if len(far) > 1 else " is"
+    return outside_training(card, away, f"series '{name}'{more}")
 
 
 def _gathered(warned: Sequence[tuple[str, StackWarning]]) -> tuple[StackWarning, ...]:

@@ -36,7 +36,6 @@ from service.errors import (
     StackWarning,
     TooFewLabels,
 )
-from service.grid import Grid, crs_of
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
 from service.learn.graph import (
@@ -87,10 +86,7 @@ _NOT_COMPOSABLE = (
     "the graph of '{}' cannot become part of another model: name another model for /embed, or "
     "leave out `embedding`"
 )
-_USE = "A map of your own classes near your labels. How good it is elsewhere is not known."
-_DEGREES = crs_of("EPSG:4326")
-_WIDEST = 180.0
-"""Widest box around labels, degrees."""
+_USE = "A map of your own classes near your labels. Elsewhere its accuracy was not measured."
 _VERSION = "1.0.0"
 _OPSET = 20
 _PALETTE = (
@@ -340,7 +336,7 @@ class _Teaching:
                 "card": features.card,
                 "sensors": card_names(stack.sensor),
                 "pixel_size": (round(size, 2), round(size, 2)) if size else None,
-                "extent": _extent(stack.grid, rows, cols),
+                "extent": _extent(stack.grid.lonlat(rows, cols)),
                 "source": f"a stack of {len(used)} dates from {used[0]} to {used[-1]}",
             },
         )
@@ -377,7 +373,7 @@ class _Teaching:
                 "card": features.card,
                 "sensors": (),
                 "pixel_size": None,
-                "extent": _around([one.series.lonlat for one in given]),
+                "extent": _extent([one.series.lonlat for one in given]),
                 "source": f"{len(given)} series",
             },
         )
@@ -670,27 +666,14 @@ def _class_of(value: object, number: int) -> str:
     return name
 
 
-def _extent(grid: Grid, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> tuple[Box, ...]:
-    """A box around some pixels, degrees; none if there are no pixels or it has no longitudes."""
-    if not len(rows):
+def _extent(places: Sequence[tuple[float, float] | None]) -> tuple[Box, ...]:
+    """Boxes around places in degrees, one for each cell of a degree; none if a place is unknown."""
+    known = np.array([place for place in places if place is not None], np.float64).reshape(-1, 2)
+    if len(known) < len(places) or not np.isfinite(known).all():
         return ()
-    sides = (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1)
-    box = grid.part(*map(int, sides)).around(_DEGREES, margin=0.0)
-    return () if box is None else _narrow(box)
-
-
-def _around(places: Sequence[tuple[float, float] | None]) -> tuple[Box, ...]:
-    """A box around places in degrees; none if one of them is unknown."""
-    known = [place for place in places if place is not None]
-    if not known or len(known) < len(places):
-        return ()
-    (west, south), (east, north) = np.min(known, axis=0).tolist(), np.max(known, axis=0).tolist()
-    return _narrow((west, south, east, north))
-
-
-def _narrow(box: Box) -> tuple[Box, ...]:
-    # Wider boxes are those around places on both sides of the antimeridian.
-    return () if box[2] - box[0] > _WIDEST else (box,)
+    cells = np.unique(np.floor(known), axis=0, return_inverse=True)[1].ravel()
+    parts = [known[cells == cell] for cell in range(cells.max() + 1)] if len(known) else []
+    return tuple((*part.min(axis=0).tolist(), *part.max(axis=0).tolist()) for part in parts)
 
 
 def _thinned(

@@ -97,6 +97,11 @@ def covered_fields(public: Path) -> Iterator[PixelSet]:
             yield pixels
 
 
+BESIDE_TRAINING = ("switzerland",)
+"""Regions that are not trained on, but most of whose fields are within 110 km of the boxes of
+training data (`training.licences`): Bavaria's reaches to the Lake of Constance."""
+
+
 def unseen_series(public: Path) -> Iterator[PixelSet]:
     """Series that are never trained on, for evaluation: grassland and fields of level 1C.
 

@@ -328,9 +328,13 @@ class SeriesEntry(StrictModel):
     B12: _Values = None
     lon: Annotated[
         float | None,
-        Field(ge=-180, le=180, description="longitude in degrees, with `lat`: tells the server "
-              "whether the place is far from the model's training data"),
-    ] = None  # fmt: skip
+        Field(
+            ge=-180,
+            le=180,
+            description="longitude in degrees, with `lat`. A forecast takes into account whether "
+            "the place is far from the model's training data",
+        ),
+    ] = None
     lat: Annotated[float | None, Field(ge=-90, le=90, description="latitude in degrees")] = None
 
     @property

@@ -353,7 +353,7 @@ function similarButton(kind, geometry) {
   return button;
 }
 
-/** What the model's results are good for, and the warnings; one of these ends with the same text. */
+/** What the model's results are good for, and the warnings, of which `outside_training` ends with it. */
 function remarks(answer) {
   const list = answer.warnings ?? [];
   const use = list.some(({ code }) => code === "outside_training") ? "" : answer.intended_use;
