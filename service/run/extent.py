@@ -41,8 +41,9 @@ def outside_training(card: ModelCard, away: float | None, what: str) -> tuple[St
     if away is None:
         return ()
     scores = card.lowest_scores()
+    rounded = round(away, -1 if away < 1000 else -2)
     detail = (
-        f"{what} about {away:,.0f} km from the nearest place that '{card.id}' was trained on"
+        f"{what} about {rounded:,.0f} km from the nearest place that '{card.id}' was trained on"
         + (f"; {scores}" if scores else "")
         + f". {card.intended_use}"
     )
