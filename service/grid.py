@@ -358,15 +358,30 @@ class Grid:
         Returns:
             The distance; None if the CRS is not one of the Earth.
         """
-        lon, lat = self._lattice(_DEGREES)
-        known = np.isfinite(lon) & np.isfinite(lat)
-        if not known.any():
+        away = self._kilometres_from(boxes)
+        if not len(away):
             return None
         west, south, east, north = np.array(boxes).T
         middle = (west + east) / 2, (south + north) / 2
         corners = [(x, y) for x in (west, east) for y in (south, north)]
         if self.locate(np.concatenate([middle, *corners], axis=1).T.tolist())[2].any():
             return 0.0
+        return float(away.min())
+
+    def share_beyond(self, boxes: Sequence[Box], limit: float) -> float:
+        """Share of the grid that is further than a limit from every box, 0 to 1, by a lattice.
+
+        Args:
+            boxes: at least one.
+            limit: the distance, km.
+        """
+        away = self._kilometres_from(boxes)
+        return float((away > limit).mean()) if len(away) else 0.0
+
+    def _kilometres_from(self, boxes: Sequence[Box]) -> NDArray[np.float64]:
+        """Distance of a lattice of points on the grid, km; none of a point without a longitude."""
+        lon, lat = self._lattice(_DEGREES)
+        known = np.isfinite(lon) & np.isfinite(lat)
         return kilometres(lon[known], lat[known], boxes)
 
     def away(self, lonlat: Sequence[tuple[float, float]] = ()) -> str:
@@ -419,8 +434,8 @@ class Grid:
             )
 
 
-def kilometres(lon: ArrayLike, lat: ArrayLike, boxes: Sequence[Box]) -> float:
-    """Least distance of some points from some boxes, km; 0 if a point is in a box.
+def kilometres(lon: ArrayLike, lat: ArrayLike, boxes: Sequence[Box]) -> NDArray[np.float64]:
+    """Distance of each point from the nearest of some boxes (N), km; 0 if it is in a box.
 
     The great-circle distance, by the haversine formula, from the nearest place of each box in
     degrees and from points along its edges, which are nearer where the box is far away. A sphere is
@@ -439,7 +454,7 @@ def kilometres(lon: ArrayLike, lat: ArrayLike, boxes: Sequence[Box]) -> float:
     west, south, east, north = west.T, south.T, east.T, north.T
     beyond, width = (x - west) % _TURN, east - west
     nearest = np.where(beyond <= width, x, np.where(beyond - width < _TURN - beyond, east, west))
-    return min(
+    return np.minimum(
         _haversine(x, y, nearest, np.clip(y, south, north)),
         _haversine(x, y, *(side.ravel() for side in edges)),
     )
@@ -450,12 +465,13 @@ def _haversine(
     lat: NDArray[np.float64],
     to_lon: NDArray[np.float64],
     to_lat: NDArray[np.float64],
-) -> float:
-    """The least great-circle distance, km, of points in degrees whose shapes are broadcast."""
+) -> NDArray[np.float64]:
+    """The least great-circle distance, km, of each point (N, 1) from places (N, M or M), degrees."""
     x, y, to_x, to_y = (np.radians(degrees) for degrees in (lon, lat, to_lon, to_lat))
     chord = np.sin((to_y - y) / 2) ** 2
     chord = chord + np.cos(to_y) * np.cos(y) * np.sin((to_x - x) / 2) ** 2
-    return float(2 * _RADIUS_KM * np.arcsin(np.sqrt(np.clip(chord.min(), 0.0, 1.0))))
+    least = np.clip(chord.min(axis=1), 0.0, 1.0)
+    return np.asarray(2 * _RADIUS_KM * np.arcsin(np.sqrt(least)))
 
 
 def transformed(

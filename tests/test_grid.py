@@ -297,7 +297,17 @@ def test_the_distance_from_a_wide_box_is_that_of_its_side(side: int) -> None:
         ]
         nearest = min(max(lon, west), east), min(max(lat, south), north)
         away = Geod(ellps="WGS84").inv(lon, lat, *nearest)[2] / 1000
-        assert kilometres(lon, lat, [box]) == pytest.approx(away, rel=0.02)
+        assert kilometres(lon, lat, [box])[0] == pytest.approx(away, rel=0.02)
+
+
+def test_the_share_beyond_a_distance_is_that_of_the_area() -> None:
+    """A degree of latitude has 111 km: of 12 degrees, those beyond the first 2 are further."""
+    one = boxed(0.0, -6.0, 2.0, 6.0)
+    box = (-1.0, -8.0, 3.0, -6.0)
+    assert one.share_beyond([box], 222.5) == pytest.approx(10 / 12, abs=1 / 9)
+    assert one.share_beyond([box], 2000) == 0
+    assert one.share_beyond([(100.0, 0.0, 101.0, 1.0)], 2000) == 1
+    np.testing.assert_allclose(kilometres([0.0, 0.0], [-7.0, -5.0], [box]), [0, 111.2], atol=0.5)
 
 
 def test_the_middles_of_pixels_are_their_places() -> None:

@@ -287,6 +287,20 @@ def test_a_raster_far_from_the_training_places_has_a_warning(
         )
 
 
+def test_a_raster_that_is_partly_far_from_the_training_places_has_a_warning(
+    placed: httpx.Client, tmp_path: Path
+) -> None:
+    """Pixels of fifty kilometres: the raster goes from 3.0 degrees east to about 9 degrees."""
+    how = {"transform": Affine(50_000, 0, 500_000, 0, -50_000, 5_600_000)}
+    response = ask(placed, "classify-pixels", stack(tmp_path, **how), model="around")
+    detail = warnings_of(response)["outside_training"]
+    share = int(re.match(r"about (\d+)% of the raster is more than 110 km from", detail)[1])
+    assert 60 < share < 95
+    small = {"transform": Affine(5_000, 0, 500_000, 0, -5_000, 5_600_000)}
+    near = warnings_of(ask(placed, "classify-pixels", stack(tmp_path, **small), model="around"))
+    assert "outside_training" not in near
+
+
 def test_the_warning_of_a_forecast_has_the_errors_of_forecasts(
     placed: httpx.Client, tmp_path: Path
 ) -> None:

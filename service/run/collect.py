@@ -20,7 +20,7 @@ from service.grid import Grid, Window
 from service.read.geotiff import BlockCache
 from service.read.radiometry import why_missing
 from service.run.executors import Executor, Timing, check
-from service.run.extent import outside_training
+from service.run.extent import raster_outside_training
 from service.run.passes import Pass, Stages
 from service.run.plan import RasterRun, dates_summary
 from service.run.time_window import outside_time_window, partial_season
@@ -347,7 +347,7 @@ def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
         *outside_time_window(card, dates, run.time_window),
         *partial_season(card, dates, run.time_window),
         *_resolution(run),
-        *outside_training(card, run.kilometres_away, "the raster is"),
+        *raster_outside_training(card, run.stack.grid, run.kilometres_away),
         *_coverage(run),
         *(run.backtested.warnings if run.backtested else ()),
     )

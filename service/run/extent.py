@@ -9,6 +9,8 @@ from service.grid import Grid, kilometres
 NEAR_KM = 110.0
 """Distance from the training data up to which a place counts as beside it, km: the width of a
 Sentinel-2 tile."""
+_PART = 0.05
+"""Share of a raster from which its part beyond that distance is warned of."""
 
 
 def kilometres_away(card: ModelCard, place: Grid | tuple[float, float] | None) -> float | None:
@@ -26,8 +28,26 @@ def kilometres_away(card: ModelCard, place: Grid | tuple[float, float] | None) -
     if isinstance(place, Grid):
         away = place.kilometres_from(card.extent)
     else:
-        away = kilometres(*place, card.extent)
+        away = float(kilometres(*place, card.extent)[0])
     return away if away is not None and away > NEAR_KM else None
+
+
+def raster_outside_training(
+    card: ModelCard, grid: Grid, away: float | None
+) -> tuple[StackWarning, ...]:
+    """The warning that a raster, or a part of it, is far from the model's training data.
+
+    Args:
+        card: the model's card.
+        grid: the raster's grid.
+        away: its distance, as `kilometres_away` returns it.
+    """
+    if away is not None or not card.extent:
+        return outside_training(card, away, "the raster is")
+    share = grid.share_beyond(card.extent, NEAR_KM)
+    if share < _PART:
+        return ()
+    return _warning(card, f"about {share:.0%} of the raster is more than {NEAR_KM:.0f} km")
 
 
 def outside_training(card: ModelCard, away: float | None, what: str) -> tuple[StackWarning, ...]:
@@ -40,10 +60,14 @@ def outside_training(card: ModelCard, away: float | None, what: str) -> tuple[St
     """
     if away is None:
         return ()
-    scores = card.lowest_scores()
     rounded = round(away, -1 if away < 1000 else -2)
+    return _warning(card, f"{what} about {rounded:,.0f} km")
+
+
+def _warning(card: ModelCard, distance: str) -> tuple[StackWarning, ...]:
+    scores = card.lowest_scores()
     detail = (
-        f"{what} about {rounded:,.0f} km from the nearest place that '{card.id}' was trained on"
+        f"{distance} from the nearest place that '{card.id}' was trained on"
         + (f"; {scores}" if scores else "")
         + f". {card.intended_use}"
     )
