@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import rasterio.warp
@@ -160,9 +161,9 @@ class Grid:
         return self.pixels_at(*transformed(_DEGREES, self.crs, *np.reshape(lonlat, (-1, 2)).T))
 
     def lonlat(
-        self, rows: NDArray[np.intp], columns: NDArray[np.intp]
-    ) -> list[tuple[float, float]]:
-        """Longitude and latitude of the middles of pixels (N), degrees; NaN where unknown.
+        self, rows: NDArray[np.number[Any]], columns: NDArray[np.number[Any]]
+    ) -> NDArray[np.float64]:
+        """Longitude and latitude of the middles of pixels (N, 2), degrees; NaN where unknown.
 
         Args:
             rows: row of each pixel (N).
@@ -170,12 +171,9 @@ class Grid:
         """
         place = self.transform
         right, down = columns + 0.5, rows + 0.5
-        xs, ys = (
-            place.a * right + place.b * down + place.c,
-            place.d * right + place.e * down + place.f,
-        )
-        lon, lat = transformed(self.crs, _DEGREES, xs, ys)
-        return list(zip(lon.tolist(), lat.tolist(), strict=True))
+        xs = place.a * right + place.b * down + place.c
+        ys = place.d * right + place.e * down + place.f
+        return np.stack(transformed(self.crs, _DEGREES, xs, ys), axis=1)
 
     def pixels_at(
         self, xs: NDArray[np.float64], ys: NDArray[np.float64]
@@ -378,6 +376,25 @@ class Grid:
         away = self._kilometres_from(boxes)
         return float((away > limit).mean()) if len(away) else 0.0
 
+    def wholly_beyond(self, boxes: Sequence[Box], limit: float) -> bool | None:
+        """Whether all pixels are further than a limit from every box; False if none is.
+
+        Args:
+            boxes: at least one.
+            limit: the distance, km.
+
+        Returns:
+            None if some pixels may be and others not.
+        """
+        away = self._kilometres_from(boxes)
+        if not len(away):
+            return False
+        # No pixel is further than this from a point of the lattice, with a margin for projections.
+        apart = 1.5 * math.hypot(self.width, self.height) * self.pixel_size / 1000 / (_NODES - 1)
+        if len(away) == _NODES**2 and (away > limit + apart).all():
+            return True
+        return False if (away <= limit - apart).all() else None
+
     def _kilometres_from(self, boxes: Sequence[Box]) -> NDArray[np.float64]:
         """Distance of a lattice of points on the grid, km; none of a point without a longitude."""
         lon, lat = self._lattice(_DEGREES)
@@ -466,7 +483,7 @@ def _haversine(
     to_lon: NDArray[np.float64],
     to_lat: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """The least great-circle distance, km, of each point (N, 1) from places (N, M or M), degrees."""
+    """The least great-circle distance of each point (N, 1) from places (N, M or M), km."""
     x, y, to_x, to_y = (np.radians(degrees) for degrees in (lon, lat, to_lon, to_lat))
     chord = np.sin((to_y - y) / 2) ** 2
     chord = chord + np.cos(to_y) * np.cos(y) * np.sin((to_x - x) / 2) ** 2

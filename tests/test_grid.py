@@ -310,6 +310,18 @@ def test_the_share_beyond_a_distance_is_that_of_the_area() -> None:
     np.testing.assert_allclose(kilometres([0.0, 0.0], [-7.0, -5.0], [box]), [0, 111.2], atol=0.5)
 
 
+def test_a_grid_is_wholly_beyond_a_distance_or_wholly_within_it_or_neither() -> None:
+    box = (-1.0, -8.0, 3.0, -6.0)
+    small = boxed(0.0, 0.0, 0.5, 0.5)  # about 670 km north
+    assert small.wholly_beyond([box], 600) is True
+    assert small.wholly_beyond([box], 800) is False
+    assert small.wholly_beyond([box], 670) is None
+    wide = boxed(0.0, -6.0, 2.0, 6.0)
+    assert wide.wholly_beyond([box], 600) is None
+    # A box on the grid, but between the points of the lattice.
+    assert boxed(-10, 36, 30, 60).wholly_beyond([(3.0, 50.8, 3.1, 50.9)], 110) is None
+
+
 def test_the_middles_of_pixels_are_their_places() -> None:
     one = grid("EPSG:32631", NORTH_UP)
     rows, columns = np.array([0, 7, 29]), np.array([0, 11, 39])

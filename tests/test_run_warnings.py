@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from numpy.typing import NDArray
 from pyproj import Geod
 from rasterio.warp import transform
 
@@ -245,6 +246,8 @@ EXTENTS = {
 }
 
 
+NDVI = "NDVI_2021-12-11_q50"
+"""The first step of the forecasts."""
 CORNERS = [(-0.1, -0.1), (-0.1, 0.1), (0.1, 0.1), (0.1, -0.1), (-0.1, -0.1)]
 
 
@@ -339,6 +342,49 @@ def test_a_forecast_knows_whether_the_raster_is_far(placed: httpx.Client, tmp_pa
     # and 0.02 on average over the steps.
     off = np.array([0.667, 0.441, 0.419]) - np.array([0.04, 0.06, 0.30]) - 0.02
     assert error == pytest.approx(np.mean(np.abs(off - ELSEWHERE) - np.abs(off)), abs=0.03)
+
+
+def test_each_pixel_point_and_field_of_a_large_raster_counts_by_its_own_place(
+    placed: httpx.Client, tmp_path: Path
+) -> None:
+    """Pixels of fifty kilometres, some beside the box of the training data and others far."""
+    data = {"model": "forecast-around", "backtest": "false"}
+    large = Affine(50_000, 0, 400_000, 0, -50_000, 5_800_000)
+
+    def first_step(files: list[tuple[str, Any]]) -> NDArray[np.float32]:
+        response = placed.post("/forecast", files=files, data=data)
+        with rasterio.MemoryFile(response.content) as file, file.open() as raster:
+            return np.asarray(raster.read(1 + raster.descriptions.index(NDVI)))
+
+    files = stack(tmp_path, transform=large)
+    here, there = first_step(stack(tmp_path)), first_step(stack(tmp_path, transform=large))
+    far = np.zeros((8, 8), bool)
+    west, south, east, north = EXTENTS["around"][0]
+    places = []
+    for row, column in np.ndindex(far.shape):
+        x, y = large @ (column + 0.5, row + 0.5)
+        (lon,), (lat,) = transform(UTM, "EPSG:4326", [x], [y])
+        nearest = min(max(lon, west), east), min(max(lat, south), north)
+        far[row, column] = Geod(ellps="WGS84").inv(lon, lat, *nearest)[2] > 110_000
+        places.append((lon, lat))
+    assert 10 < far.sum() < 54
+    np.testing.assert_allclose(there - here, ELSEWHERE * far, atol=1e-6)
+    features = [
+        {"type": "Feature", "properties": {}, "geometry": {"type": "Point", "coordinates": place}}
+        for place in places
+    ]
+    given = {**data, "points": json.dumps({"type": "FeatureCollection", "features": features})}
+    found = placed.post("/forecast", files=files, data=given).json()["features"]
+    at = [one["properties"]["NDVI"]["q50"][0] for one in found]
+    np.testing.assert_allclose(at, there.ravel(), atol=1e-6)
+    for feature, (lon, lat) in zip(features, places, strict=True):
+        ring = [(lon + x, lat + y) for x, y in CORNERS]
+        feature["geometry"] = {"type": "Polygon", "coordinates": [ring]}
+    text = json.dumps({"type": "FeatureCollection", "features": features})
+    fields = [*files, ("fields", ("f.geojson", text, "application/geo+json"))]
+    found = placed.post("/forecast", files=fields, data=data).json()["features"]
+    of = [one["properties"]["NDVI"]["q50"][0] for one in found]
+    np.testing.assert_allclose(of, there.ravel(), atol=1e-6)
 
 
 def test_a_series_may_have_a_place(placed: httpx.Client) -> None:

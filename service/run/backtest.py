@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -152,8 +152,12 @@ class History:
     """Reflectance (N, T, C), bands in the card's order; any value where not valid."""
     valid: Bools
     """True where usable (N, T)."""
-    elsewhere: bool = False
-    """Whether the series are known to be far from the model's training data."""
+    elsewhere: Bools | bool = False
+    """Whether the series are known to be far from the model's training data, all or each (N)."""
+
+    def far(self) -> Bools:
+        """`elsewhere` of each series (N)."""
+        return np.broadcast_to(np.asarray(self.elsewhere, np.bool_), len(self.values))
 
 
 def predict_from_history(
@@ -195,12 +199,17 @@ def predict_from_history(
             valid[some, -used:],
             days,
             day_of_year,
-            elsewhere=history.elsewhere,
+            elsewhere=history.far()[some],
         )
     if not backtested:
         return predictions, None
     chosen = sample_of(enough)
-    sample = replace(history, values=values[chosen], valid=valid[chosen])
+    sample = History(
+        dates=history.dates,
+        values=values[chosen],
+        valid=valid[chosen],
+        elsewhere=history.far()[chosen],
+    )
     found = run_backtest(model, [sample], cancelled=cancelled)
     if found is None:
         return predictions, None
@@ -264,17 +273,17 @@ def run_backtest(
 
 def _together(histories: Iterable[History]) -> list[History]:
     """Histories with the same dates joined into one, which the model predicts in one call."""
-    by_kind: dict[tuple[tuple[date, ...], bool], list[History]] = defaultdict(list)
+    by_dates: dict[tuple[date, ...], list[History]] = defaultdict(list)
     for history in histories:
-        by_kind[history.dates, history.elsewhere].append(history)
+        by_dates[history.dates].append(history)
     return [
         History(
             dates=dates,
             values=np.concatenate([one.values for one in alike]),
             valid=np.concatenate([one.valid for one in alike]),
-            elsewhere=elsewhere,
+            elsewhere=np.concatenate([one.far() for one in alike]),
         )
-        for (dates, elsewhere), alike in by_kind.items()
+        for dates, alike in by_dates.items()
     ]
 
 
@@ -302,7 +311,7 @@ def _hindcasts(
             valid[enough][:, used],
             np.asarray(window.days(dates), np.float32),
             window.first_day.timetuple().tm_yday,
-            elsewhere=history.elsewhere,
+            elsewhere=history.far()[enough],
         )
         before, own = indices[enough][:, : origin + 1], indices[enough]
         count = int(enough.sum())

@@ -83,6 +83,11 @@ class FieldGrid:
         self._tree = shapely.STRtree(self._shapes)
         self._bounds = shapely.bounds(self._shapes)
 
+    def middles(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Row and column of the middle of each field (N); NaN for one that is not on the grid."""
+        left, bottom, right, top = self._bounds.T
+        return -(bottom + top) / 2 - 0.5, (left + right) / 2 - 0.5
+
     def parts(
         self, windows: Iterable[Window], before_each: Callable[[], None] = lambda: None
     ) -> list[Window]:

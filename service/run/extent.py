@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
 from models.card import ModelCard
 from service.errors import StackWarning
 from service.grid import Grid, kilometres
@@ -30,6 +35,22 @@ def kilometres_away(card: ModelCard, place: Grid | tuple[float, float] | None) -
     else:
         away = float(kilometres(*place, card.extent)[0])
     return away if away is not None and away > NEAR_KM else None
+
+
+def elsewhere(
+    card: ModelCard, grid: Grid, rows: NDArray[np.number[Any]], columns: NDArray[np.number[Any]]
+) -> NDArray[np.bool_]:
+    """Whether each pixel of a raster is far from the model's training data (N).
+
+    Args:
+        card: the model's card.
+        grid: the raster's grid.
+        rows: row of each pixel (N).
+        columns: column of each pixel (N).
+    """
+    lon, lat = grid.lonlat(rows, columns).T
+    # A distance that is not a number, where the projection ends, is not large.
+    return np.asarray(kilometres(lon, lat, card.extent) > NEAR_KM)
 
 
 def raster_outside_training(

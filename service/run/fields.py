@@ -375,7 +375,7 @@ class _Series(_Sums):
                 dates=tuple(run.stack.dates[t] for t in run.read),
                 values=values,
                 valid=valid,
-                elsewhere=run.elsewhere,
+                elsewhere=run.elsewhere(*self._grid.middles()),
             ),
             used=len(run.used),
             days=days,

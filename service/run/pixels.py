@@ -139,6 +139,7 @@ class ClearPixels:
     """Positions (n) of these pixels in the flattened window."""
     seen: NDArray[np.integer[Any]]
     """Number of clear dates of every pixel (h, w)."""
+    window: Window
 
 
 class PixelStages:
@@ -163,7 +164,7 @@ class PixelStages:
         self._dates = [run.stack.dates[t] for t in run.read]
         self._used = len(run.used)
         self._days, self._day_of_year = model_time(run)
-        self._elsewhere = run.elsewhere
+        self._run = run
         self._attributed = run.attribution
         self._cancelled = cancelled
         self._reader = reader
@@ -177,7 +178,7 @@ class PixelStages:
         kind = np.uint8 if T < 256 else np.uint32
         seen = np.add.reduce(sits.valid[-T:].view(np.uint8), axis=0, dtype=kind)
         positions = np.flatnonzero(seen >= self._model.card.min_observations)
-        return ClearPixels(sits=sits, positions=positions, seen=seen)
+        return ClearPixels(sits=sits, positions=positions, seen=seen, window=window)
 
     def infer(self, clear: ClearPixels) -> WindowPredictions:
         """The infer stage: predict for these pixels, and return the window's memory to the pool."""
@@ -196,7 +197,11 @@ class PixelStages:
             part = slice(start, start + len(chunk))
             time = self._days, self._day_of_year
             seen = chunk_values[-self._used :].transpose(2, 0, 1), chunk_valid[-self._used :].T
-            found = self._model.pixels(*seen, *time, elsewhere=self._elsewhere)
+            row, column = np.divmod(chunk, w)
+            away = self._run.elsewhere(
+                row + int(clear.window.row_off), column + int(clear.window.col_off)
+            )
+            found = self._model.pixels(*seen, *time, elsewhere=away)
             if self._backtested is not None:
                 found = self._backtested.corrected(
                     found, chunk_values.transpose(2, 0, 1), chunk_valid.T, self._dates, self._used

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.card import Modality, ResolvedTimeWindow, Task
 from service.errors import InvalidRequest, MissingDates, StackWarning, TooFewDates
@@ -31,7 +32,7 @@ from service.run.backtest import (
 )
 from service.run.coverage import check_coverage
 from service.run.executors import Timing, check
-from service.run.extent import kilometres_away
+from service.run.extent import NEAR_KM, elsewhere, kilometres_away
 from service.run.memory import (
     MemoryBudget,
     Need,
@@ -106,10 +107,24 @@ class RasterRun:
         """Distance from the model's training data, km; None if it is small or unknown."""
         return kilometres_away(self.model.card, self.stack.grid)
 
-    @property
-    def elsewhere(self) -> bool:
-        """Whether the raster is known to be far from the model's training data."""
-        return self.kilometres_away is not None
+    def elsewhere(
+        self, rows: NDArray[np.number[Any]], columns: NDArray[np.number[Any]]
+    ) -> NDArray[np.bool_]:
+        """Whether pixels are far from the training data (N), for a graph that takes it.
+
+        Args:
+            rows: row of each pixel (N).
+            columns: column of each pixel (N).
+        """
+        if self._elsewhere is not None:
+            return np.full(len(rows), self._elsewhere)
+        return elsewhere(self.model.card, self.stack.grid, rows, columns)
+
+    @cached_property
+    def _elsewhere(self) -> bool | None:
+        """`elsewhere` if all pixels have the same; None if they may differ."""
+        card = self.model.card
+        return card.elsewhere and self.stack.grid.wholly_beyond(card.extent, NEAR_KM)
 
     @property
     def operation(self) -> Runnable:

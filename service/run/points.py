@@ -132,7 +132,7 @@ def predict_pixels(
                 dates=tuple(run.stack.dates[t] for t in run.read) if run.stack.dates else (),
                 values=values,
                 valid=valid,
-                elsewhere=run.elsewhere,
+                elsewhere=run.elsewhere(rows, cols),
             ),
             used=len(run.used),
             days=days,

@@ -69,7 +69,7 @@ def backtest_sample(
         dates=tuple(run.stack.dates[t] for t in history),
         values=sits.values.transpose(2, 0, 1),
         valid=sits.valid.T,
-        elsewhere=run.elsewhere,
+        elsewhere=run.elsewhere(rows, columns),
     )
     return replace(run, backtested=run_backtest(run.model, [sample], cancelled=cancelled))
 

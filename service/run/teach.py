@@ -336,7 +336,7 @@ class _Teaching:
                 "card": features.card,
                 "sensors": card_names(stack.sensor),
                 "pixel_size": (round(size, 2), round(size, 2)) if size else None,
-                "extent": _extent(stack.grid.lonlat(rows, cols)),
+                "extent": _extent(list(map(tuple, stack.grid.lonlat(rows, cols).tolist()))),
                 "source": f"a stack of {len(used)} dates from {used[0]} to {used[-1]}",
             },
         )
