@@ -11,7 +11,7 @@ from rasterio.warp import transform as warp
 from rasterio.windows import Window
 
 from service.errors import GridMismatch
-from service.grid import Grid, kilometres
+from service.grid import Grid, beyond, kilometres
 
 
 def grid(crs: str, transform: Affine, width: int = 40, height: int = 30) -> Grid:
@@ -298,6 +298,17 @@ def test_the_distance_from_a_wide_box_is_that_of_its_side(side: int) -> None:
         nearest = min(max(lon, west), east), min(max(lat, south), north)
         away = Geod(ellps="WGS84").inv(lon, lat, *nearest)[2] / 1000
         assert kilometres(lon, lat, [box])[0] == pytest.approx(away, rel=0.02)
+
+
+def test_points_beyond_a_limit_are_those_at_such_a_distance() -> None:
+    boxes = [(-25.0, 34.0, 41.0, 71.0), (140.9, -39.2, 150.0, -33.9), (179.0, -2.0, 181.0, 2.0)]
+    rng = np.random.default_rng(0)
+    lon, lat = rng.uniform(-180, 180, 3000), rng.uniform(-80, 80, 3000)
+    away = kilometres(lon, lat, boxes)
+    clear = np.abs(away - 500) > 5
+    np.testing.assert_array_equal(beyond(lon, lat, boxes, 500)[clear], away[clear] > 500)
+    assert not beyond(np.nan, np.nan, boxes, 500).any()
+    assert beyond([], [], boxes, 500).shape == (0,)
 
 
 def test_the_share_beyond_a_distance_is_that_of_the_area() -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from models.card import ModelCard
 from service.errors import StackWarning
-from service.grid import Grid, kilometres
+from service.grid import Grid, beyond, kilometres
 
 NEAR_KM = 110.0
 """Distance from the training data up to which a place counts as beside it, km: the width of a
@@ -49,8 +49,7 @@ def elsewhere(
         columns: column of each pixel (N).
     """
     lon, lat = grid.lonlat(rows, columns).T
-    # A distance that is not a number, where the projection ends, is not large.
-    return np.asarray(kilometres(lon, lat, card.extent) > NEAR_KM)
+    return beyond(lon, lat, card.extent, NEAR_KM)
 
 
 def raster_outside_training(
