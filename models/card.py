@@ -258,10 +258,7 @@ class ModelCard(_Frozen):
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the graph's inputs."""
-        if self.modality == "patch":
-            return PATCH_INPUTS
-        further = {"day_of_year": self.day_of_year, "elsewhere": self.elsewhere}
-        return (*PIXEL_INPUTS, *(name for name, taken in further.items() if taken))
+        return input_names(self.modality, day_of_year=self.day_of_year, elsewhere=self.elsewhere)
 
     @property
     def output(self) -> str:
@@ -330,6 +327,20 @@ class ModelCard(_Frozen):
         if self.variants[0].name != "float32" or self.variants[0].sha256 != self.sha256:
             raise ValueError("the first variant must be float32, with the card's sha256")
         return self
+
+
+def input_names(modality: Modality, *, day_of_year: bool, elsewhere: bool) -> tuple[str, ...]:
+    """Names of a graph's inputs, in order.
+
+    Args:
+        modality: of the model.
+        day_of_year: whether a pixel model takes it.
+        elsewhere: the same.
+    """
+    if modality == "patch":
+        return PATCH_INPUTS
+    further = {"day_of_year": day_of_year, "elsewhere": elsewhere}
+    return (*PIXEL_INPUTS, *(name for name, taken in further.items() if taken))
 
 
 def _values(regions: Mapping[str, Any], score: str) -> list[float]:

@@ -707,9 +707,8 @@ def _series_in(file: Path) -> list[Series]:
     """
     try:
         return [
-            Series(id=s.id, dates=s.dates, lon=lon, lat=lat, **s.bands)
+            Series(id=s.id, dates=s.dates, lon=s.lonlat[0], lat=s.lonlat[1], **s.bands)
             for s in series_of_file(file)
-            for lon, lat in (s.lonlat,)
         ]
     except TypeError as error:
         raise ValueError(f"{file}: {error}") from error

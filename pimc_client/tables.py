@@ -157,8 +157,7 @@ def _series_of_csv(path: Path, text: str) -> list[SeriesRows]:
     if (lon is None) != (lat is None):
         given, lacking = (lon, "latitudes") if lat is None else (lat, "longitudes")
         raise ValueError(f"{path} has a column {given}, but none of {lacking}: give both or none")
-    placed = lon is not None and lat is not None
-    bands = [c for c in table.header if c not in {date, name, *((lon, lat) if placed else ())}]
+    bands = [column for column in table.header if column not in {date, name, lon, lat}]
     if not bands:
         raise ValueError(f"{path} has no column of a band: give one column per band, such as B02")
     found: dict[str, SeriesRows] = {}

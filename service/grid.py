@@ -170,11 +170,21 @@ class Grid:
             rows: row of each pixel (N).
             columns: column of each pixel (N).
         """
-        place = self.transform
-        right, down = columns + 0.5, rows + 0.5
-        xs = place.a * right + place.b * down + place.c
-        ys = place.d * right + place.e * down + place.f
-        return np.stack(transformed(self.crs, _DEGREES, xs, ys), axis=1)
+        return np.stack(self.coordinates(columns + 0.5, rows + 0.5, _DEGREES), axis=1)
+
+    def coordinates(
+        self, columns: NDArray[np.number[Any]], rows: NDArray[np.number[Any]], crs: CRS
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """X and y (N) in a CRS of positions on the grid; NaN where they are unknown.
+
+        Args:
+            columns: columns from the grid's left edge to each position (N).
+            rows: rows from its upper edge (N).
+            crs: the CRS.
+        """
+        a, b, c, d, e, f = self.transform[:6]
+        xs, ys = a * columns + b * rows + c, d * columns + e * rows + f
+        return transformed(self.crs, crs, xs, ys)
 
     def pixels_at(
         self, xs: NDArray[np.float64], ys: NDArray[np.float64]
@@ -273,10 +283,7 @@ class Grid:
         self, column: NDArray[np.float64], row: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Positions on the grid (h, w) as vectors from the Earth's centre (h, w, 3), metres."""
-        a, b, c, d, e, f = self.transform[:6]
-        xs = a * column.ravel() + b * row.ravel() + c
-        ys = d * column.ravel() + e * row.ravel() + f
-        lon, lat = np.radians(transformed(self.crs, _DEGREES, xs, ys))
+        lon, lat = np.radians(self.coordinates(column.ravel(), row.ravel(), _DEGREES))
         radius, flattening = _WGS84[0], 1 / _WGS84[1]
         e2 = flattening * (2 - flattening)
         normal = radius / np.sqrt(1 - e2 * np.sin(lat) ** 2)
@@ -340,10 +347,7 @@ class Grid:
     def _lattice(self, crs: CRS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """X and y in a CRS of points in equal distances on the grid; NaN where they are unknown."""
         across, down = np.meshgrid(np.linspace(0, 1, _NODES), np.linspace(0, 1, _NODES))
-        columns, rows = across.ravel() * self.width, down.ravel() * self.height
-        place = self.transform
-        xs = place.a * columns + place.b * rows + place.c
-        return transformed(self.crs, crs, xs, place.d * columns + place.e * rows + place.f)
+        return self.coordinates(across.ravel() * self.width, down.ravel() * self.height, crs)
 
     def kilometres_from(self, boxes: Sequence[Box]) -> float | None:
         """Distance from the nearest of some boxes, km; 0 if the grid and a box overlap.

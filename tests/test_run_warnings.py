@@ -316,7 +316,7 @@ def test_the_warning_of_a_forecast_has_the_errors_of_forecasts(
 
 
 def test_a_forecast_knows_whether_the_raster_is_far(placed: httpx.Client, tmp_path: Path) -> None:
-    """Rasters, points, fields and the hindcasts of a backtest are told of the place."""
+    """The graph receives the place for rasters, points, fields, and the hindcasts of a backtest."""
     files = stack(tmp_path)
     lon, lat = transform(UTM, "EPSG:4326", [500_035], [5_599_965])
     point = {"type": "Point", "coordinates": [lon[0], lat[0]]}

@@ -20,12 +20,11 @@ import torch
 from models.card import (
     CARD_FILE,
     OUTPUTS,
-    PATCH_INPUTS,
-    PIXEL_INPUTS,
     REFLECTANCE,
     ModelCard,
     Precision,
     Variant,
+    input_names,
 )
 from models.registry import load_bundle, sha256_of
 from training import validation_outputs
@@ -234,11 +233,10 @@ def describe(folder: Path, *, version: str) -> Path:
     return folder
 
 
-def _inputs(fields: Mapping[str, Any]) -> Sequence[str]:
+def _inputs(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of a graph's inputs, from the fields of its card."""
-    if fields["modality"] == "patch":
-        return PATCH_INPUTS
-    return (*PIXEL_INPUTS, *(n for n in ("day_of_year", "elsewhere") if fields.get(n)))
+    taken = {name: bool(fields.get(name)) for name in ("day_of_year", "elsewhere")}
+    return input_names(fields["modality"], **taken)
 
 
 def _export(

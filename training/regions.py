@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -557,6 +557,7 @@ def _never_trained_on(plan: Plan) -> dict[str, Outputs]:
     return found
 
 
+@lru_cache(maxsize=1)
 def evaluation_sets(run: Run) -> list[list[PixelSet]]:
     """Regions for evaluation only, never for training; labelled if the task needs labels.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from models.card import Task
 from service.errors import StackWarning, warning_list
+from service.infer.model import LoadedModel
 from service.read.geotiff import BlockCache
 from service.read.vectors import Fields
 from service.run.backtest import Backtested, no_backtest
@@ -163,9 +164,7 @@ def _points(
         document={
             "type": "FeatureCollection",
             "features": features,
-            "model": run.model.card.id,
-            **run.model.card.use_in_answers(),
-            "provider": run.model.provider,
+            **_of_model(run.model),
             **_backtest(outcome.backtested),
             "warnings": warning_list(warnings),
         },
@@ -186,9 +185,7 @@ def _fields(task: Task, run: RasterRun, fields: Fields, outcome: FieldOutcome) -
             "features": field_features(
                 fields.ids, fields.properties, fields.geojson, outcome.results
             ),
-            "model": run.model.card.id,
-            **run.model.card.use_in_answers(),
-            "provider": run.model.provider,
+            **_of_model(run.model),
             **dates_summary(run),
             **_backtest(outcome.backtested),
             "warnings": warning_list(warnings),
@@ -207,9 +204,7 @@ def _series(task: Task, run: SeriesRun, cancelled: threading.Event) -> Result:
         model=model.card.id,
         provider=model.provider,
         document={
-            "model": model.card.id,
-            **model.card.use_in_answers(),
-            "provider": model.provider,
+            **_of_model(model),
             "results": list(outcome.results),
             **_backtest(outcome.backtested),
             "warnings": warning_list(warnings),
@@ -228,6 +223,10 @@ def _as_requested(plan: Plan, result: Result) -> Result:
     warnings = (*result.warnings, no_backtest(plan.model.card))
     document = {**result.document, "warnings": warning_list(warnings)}
     return replace(result, document=document, warnings=warnings)
+
+
+def _of_model(model: LoadedModel) -> dict[str, Any]:
+    return {"model": model.card.id, **model.card.use_in_answers(), "provider": model.provider}
 
 
 def _backtest(found: Backtested | None) -> dict[str, Any]:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
 from models.card import ModelCard
 from service.errors import StackWarning
-from service.grid import Grid, beyond, kilometres
+from service.grid import Grid, kilometres
 
 NEAR_KM = 110.0
 """Distance from the training data up to which a place counts as beside it, km: the width of a
@@ -35,21 +30,6 @@ def kilometres_away(card: ModelCard, place: Grid | tuple[float, float] | None) -
     else:
         away = float(kilometres(*place, card.extent)[0])
     return away if away is not None and away > NEAR_KM else None
-
-
-def elsewhere(
-    card: ModelCard, grid: Grid, rows: NDArray[np.number[Any]], columns: NDArray[np.number[Any]]
-) -> NDArray[np.bool_]:
-    """Whether each pixel of a raster is far from the model's training data (N).
-
-    Args:
-        card: the model's card.
-        grid: the raster's grid.
-        rows: row of each pixel (N).
-        columns: column of each pixel (N).
-    """
-    lon, lat = grid.lonlat(rows, columns).T
-    return beyond(lon, lat, card.extent, NEAR_KM)
 
 
 def raster_outside_training(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from models.card import Modality, ResolvedTimeWindow, Task
 from service.errors import InvalidRequest, MissingDates, StackWarning, TooFewDates
+from service.grid import beyond
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
 from service.infer.patches import PatchGrid
@@ -32,7 +33,7 @@ from service.run.backtest import (
 )
 from service.run.coverage import check_coverage
 from service.run.executors import Timing, check
-from service.run.extent import NEAR_KM, elsewhere, kilometres_away
+from service.run.extent import NEAR_KM, kilometres_away
 from service.run.memory import (
     MemoryBudget,
     Need,
@@ -118,7 +119,8 @@ class RasterRun:
         """
         if self._elsewhere is not None:
             return np.full(len(rows), self._elsewhere)
-        return elsewhere(self.model.card, self.stack.grid, rows, columns)
+        lon, lat = self.stack.grid.lonlat(rows, columns).T
+        return beyond(lon, lat, self.model.card.extent, NEAR_KM)
 
     @cached_property
     def _elsewhere(self) -> bool | None:

@@ -336,7 +336,7 @@ class _Teaching:
                 "card": features.card,
                 "sensors": card_names(stack.sensor),
                 "pixel_size": (round(size, 2), round(size, 2)) if size else None,
-                "extent": _extent(list(map(tuple, stack.grid.lonlat(rows, cols).tolist()))),
+                "extent": _extent(stack.grid.lonlat(rows, cols)),
                 "source": f"a stack of {len(used)} dates from {used[0]} to {used[-1]}",
             },
         )
@@ -373,7 +373,9 @@ class _Teaching:
                 "card": features.card,
                 "sensors": (),
                 "pixel_size": None,
-                "extent": _extent([one.series.lonlat for one in given]),
+                "extent": _extent(
+                    np.array([one.series.lonlat or (np.nan, np.nan) for one in given])
+                ),
                 "source": f"{len(given)} series",
             },
         )
@@ -666,13 +668,12 @@ def _class_of(value: object, number: int) -> str:
     return name
 
 
-def _extent(places: Sequence[tuple[float, float] | None]) -> tuple[Box, ...]:
-    """Boxes around places in degrees, one for each cell of a degree; none if a place is unknown."""
-    known = np.array([place for place in places if place is not None], np.float64).reshape(-1, 2)
-    if len(known) < len(places) or not np.isfinite(known).all():
+def _extent(lonlat: NDArray[np.float64]) -> tuple[Box, ...]:
+    """Boxes around places (N, 2) in degrees, one for each cell of a degree; none if one is NaN."""
+    if not len(lonlat) or not np.isfinite(lonlat).all():
         return ()
-    cells = np.unique(np.floor(known), axis=0, return_inverse=True)[1].ravel()
-    parts = [known[cells == cell] for cell in range(cells.max() + 1)] if len(known) else []
+    cells = np.unique(np.floor(lonlat), axis=0, return_inverse=True)[1].ravel()
+    parts = [lonlat[cells == cell] for cell in range(cells.max() + 1)]
     return tuple((*part.min(axis=0).tolist(), *part.max(axis=0).tolist()) for part in parts)
 
 

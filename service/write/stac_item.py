@@ -24,7 +24,7 @@ import shapely
 from rasterio.crs import CRS
 
 from models.card import LegendClass, ModelCard
-from service.grid import Grid, transformed
+from service.grid import Grid
 from service.settings import project_version
 from service.write.legend import SIDECAR
 from service.write.predictions import JSON, POLYGONS, Layer
@@ -222,9 +222,7 @@ def footprint(grid: Grid) -> tuple[dict[str, Any] | None, list[float] | None]:
     one, zero = np.ones_like(step), np.zeros_like(step)
     columns = np.concatenate([step, one, 1 - step, zero]) * grid.width
     rows = np.concatenate([zero, step, one, 1 - step]) * grid.height
-    a, b, c, d, e, f = grid.transform[:6]
-    xs, ys = a * columns + b * rows + c, d * columns + e * rows + f
-    lon, lat = transformed(grid.crs, _DEGREES, xs, ys)
+    lon, lat = grid.coordinates(columns, rows, _DEGREES)
     if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
         return None, None
     crosses = np.ptp(lon) > 180

@@ -56,19 +56,23 @@ _CLEAR_SCORE = 0.6
 """Cloud Score+ from which Google's documentation counts a pixel as clear."""
 
 
-def further_series(data: Path | None, public: Path | None = None) -> Iterator[PixelSet]:
+def further_series(data: Path, public: Path | None = None) -> Iterator[PixelSet]:
     """Series beside the large sets that forecasts are trained on.
 
     Args:
-        data: folder of the shared data sets; None leaves these out.
+        data: folder of the shared data sets.
         public: folder of the files of public repositories; None leaves them out.
     """
-    if data is not None:
-        yield from _shared_series(data)
+    yield from _shared_series(data)
     if public is None:
         return
     yield _chip(public / "worldcereal")
     yield _long(public / "worldcereal" / "data_0.parquet", "worldcereal", "flanders-fields")
+    yield from _labelled(public)
+
+
+def _labelled(public: Path) -> Iterator[PixelSet]:
+    """Those of public repositories whose cover was seen on the ground."""
     yield _wide(public / "worldcereal" / "test_public_extractions.parquet")
     yield _statistics(public / "worldcrops" / "kenya", "AGRICULTURE_L2A", "kenya")
     for i, path in enumerate(sorted((public / "geomaize").rglob("*.geoparquet"))):
@@ -92,9 +96,8 @@ def covered_fields(public: Path) -> Iterator[PixelSet]:
     Args:
         public: folder of the files of public repositories.
     """
-    for pixels in (*further_series(None, public), *unseen_series(public)):
-        if pixels.labels is not None:
-            yield pixels
+    yield from _labelled(public)
+    yield from unseen_series(public)
 
 
 BESIDE_TRAINING = ("switzerland",)
